@@ -1,0 +1,183 @@
+"""The dual encoder: CLIP's image tower and text tower, each with a `prompts` argument.
+
+Shape letters, here and everywhere: B images, C classes, L tokens, P prompt tokens, W tower width,
+D embedding width, S image side, H heads, N image patches, K prompt depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advtune.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """What decides the shape of one transformer tower."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """What decides the shape of the dual encoder, and how it wants its pixels."""
+
+    image: TowerConfig
+    text: TowerConfig
+    embed: int
+    image_size: int
+    patch: int
+    vocabulary: int
+    context: int
+    start_token: int
+    end_token: int
+    preprocess: Preprocess = field(default_factory=Preprocess)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's GELU: x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: [B, L, W] -> [B, L, W]. Attention is torch's fused kernel."""
+
+    def __init__(self, config: TowerConfig, causal: bool):
+        super().__init__()
+        self.heads, self.causal = config.heads, causal
+        self.norm1 = nn.LayerNorm(config.width, config.eps)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm2 = nn.LayerNorm(config.width, config.eps)
+        self.fc1 = nn.Linear(config.width, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, W/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, W/H]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+def overwrite(x: Tensor, prompt: Tensor, start: int) -> Tensor:
+    """x [B, L, W] with positions start .. start + P replaced by prompt [P, W], the same for every row."""
+    stop = start + prompt.shape[0]
+    return torch.cat([x[:, :start], prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, stop:]], dim=1)
+
+
+class ImageTower(nn.Module):
+    """Vision transformer: normalised images [B, 3, S, S] -> embeddings [B, D], not normalised."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        tower = config.image
+        self.patch = config.patch
+        self.embed = nn.Linear(3 * config.patch**2, tower.width, bias=False)
+        self.class_token = nn.Parameter(torch.randn(tower.width) * 0.02)
+        self.position = nn.Parameter(
+            torch.randn(1 + (config.image_size // config.patch) ** 2, tower.width) * 0.02
+        )
+        self.norm_pre = nn.LayerNorm(tower.width, tower.eps)
+        self.blocks = nn.ModuleList(Block(tower, causal=False) for _ in range(tower.layers))
+        self.norm_post = nn.LayerNorm(tower.width, tower.eps)
+        self.project = nn.Linear(tower.width, config.embed, bias=False)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, N, 3 * patch * patch]; a remainder at the right and bottom is dropped, as by a
+        strided convolution."""
+        p, rows, columns = self.patch, x.shape[2] // self.patch, x.shape[3] // self.patch
+        x = x[:, :, : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def forward(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """prompts [K, P, W]: the first is appended after the patch tokens, before the pre-norm and without a
+        position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117)."""
+        tokens = self.embed(self.patches(x))  # [B, N, W]
+        first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        x = torch.cat([first, tokens], dim=1) + self.position  # [B, 1 + N, W]
+        plain = x.shape[1]
+        if prompts is not None:
+            x = torch.cat([x, prompts[0].to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
+        x = self.norm_pre(x)
+        for i, block in enumerate(self.blocks):
+            if prompts is not None and 0 < i < prompts.shape[0]:
+                x = overwrite(x, prompts[i], plain)
+            x = block(x)
+        return self.project(self.norm_post(x[:, 0]))
+
+
+class TextTower(nn.Module):
+    """Causal transformer: token ids [C, L] -> embeddings [C, D] read at the end token, not normalised."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        tower = config.text
+        self.end_token = config.end_token
+        self.embed = nn.Embedding(config.vocabulary, tower.width)
+        self.position = nn.Parameter(torch.randn(config.context, tower.width) * 0.01)
+        self.blocks = nn.ModuleList(Block(tower, causal=True) for _ in range(tower.layers))
+        self.norm_post = nn.LayerNorm(tower.width, tower.eps)
+        self.project = nn.Linear(tower.width, config.embed, bias=False)
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        """Position of the first end token of each row [C]. Raises if a row has none."""
+        is_end = tokens == self.end_token
+        if not bool(is_end.any(dim=1).all()):
+            raise ValueError(f"every text needs the end token {self.end_token}")
+        return is_end.int().argmax(dim=1)
+
+    def forward(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """prompts [K, P, W] overwrite the P places after the start token: the first among the embeddings (and
+        so with position embeddings), prompt k before layer k."""
+        ends = self.ends(tokens)
+        # Nothing after the last end token can reach an answer under the causal mask: cutting is exact.
+        length = int(ends.max()) + 1
+        x = self.embed(tokens[:, :length])
+        if prompts is not None:
+            x = overwrite(x, prompts[0], 1)
+        x = x + self.position[:length]
+        for i, block in enumerate(self.blocks):
+            if prompts is not None and 0 < i < prompts.shape[0]:
+                x = overwrite(x, prompts[i], 1)
+            x = block(x)
+        last = x[torch.arange(x.shape[0], device=x.device), ends]  # [C, W]
+        return self.project(self.norm_post(last))
+
+
+class CLIP(nn.Module):
+    """The dual encoder (CLIP, arXiv:2103.00020). Pixels are floats in [0, 1]; resizing and normalisation
+    happen inside, so that a gradient with respect to the pixels goes through them."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.image = ImageTower(config)
+        self.text = TextTower(config)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+
+    def encode_image(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised. prompts [K, P, W] or none."""
+        return self.image(self.config.preprocess(x), prompts)
+
+    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none."""
+        return self.text(tokens, prompts)

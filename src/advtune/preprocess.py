@@ -1,0 +1,96 @@
+"""From pixels in [0, 1] to what the image tower was trained on, inside the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advtune.errors import UserError
+
+INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor configs store them
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize (antialiased), centre crop, normalise: [B, 3, any, any] in [0, 1] -> [B, 3, S, S].
+
+    `resize` is the short side, or (height, width) for a resize that ignores the aspect ratio, or none;
+    `crop` the side of the centre crop, or none. The defaults are OpenAI CLIP's statistics.
+    """
+
+    resize: int | tuple[int, int] | None = 224
+    crop: int | None = 224
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mode: str = "bicubic"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.crop_centre(self.resized(x))
+        mean = torch.tensor(self.mean, device=x.device, dtype=x.dtype).view(3, 1, 1)
+        std = torch.tensor(self.std, device=x.device, dtype=x.dtype).view(3, 1, 1)
+        return (x - mean) / std
+
+    def resized(self, x: Tensor) -> Tensor:
+        if self.resize is None:
+            return x
+        height, width = x.shape[-2:]
+        if isinstance(self.resize, int):
+            short = min(height, width)
+            size = (max(1, self.resize * height // short), max(1, self.resize * width // short))
+        else:
+            size = self.resize
+        if size == (height, width):
+            return x
+        # Bicubic interpolation overshoots; 8-bit pipelines clip there, and so do we.
+        return F.interpolate(x, size=size, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
+
+    def crop_centre(self, x: Tensor) -> Tensor:
+        if self.crop is None or x.shape[-2:] == (self.crop, self.crop):
+            return x
+        top, left = (x.shape[-2] - self.crop) // 2, (x.shape[-1] - self.crop) // 2
+        if top < 0 or left < 0:
+            pad = (max(0, -left), max(0, -left) + 1, max(0, -top), max(0, -top) + 1)
+            return self.crop_centre(F.pad(x, pad))
+        return x[..., top : top + self.crop, left : left + self.crop]
+
+
+def from_config(config: Mapping[str, Any]) -> Preprocess:
+    """Read a Hugging Face preprocessor_config.json.
+
+    Raises UserError on an interpolation other than bilinear or bicubic, or a size that says nothing.
+    """
+    resample = int(config.get("resample", 3))
+    if resample not in INTERPOLATION:
+        raise UserError(f"preprocessor_config.json: resample {resample} is not bilinear (2) or bicubic (3)")
+    default = Preprocess()
+    normalise = config.get("do_normalize", True)
+    return Preprocess(
+        resize=_resize(config.get("size", 224)) if config.get("do_resize", True) else None,
+        crop=_crop(config.get("crop_size", 224)) if config.get("do_center_crop", True) else None,
+        mean=tuple(config.get("image_mean", default.mean)) if normalise else (0.0, 0.0, 0.0),
+        std=tuple(config.get("image_std", default.std)) if normalise else (1.0, 1.0, 1.0),
+        mode=INTERPOLATION[resample],
+    )
+
+
+def _resize(size: Any) -> int | tuple[int, int]:
+    if isinstance(size, int):
+        return size
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"])
+    if "height" in size and "width" in size:
+        return int(size["height"]), int(size["width"])
+    raise UserError(f"preprocessor_config.json: size {size!r} has neither shortest_edge nor height and width")
+
+
+def _crop(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    if size.get("height") != size.get("width"):
+        raise UserError(f"preprocessor_config.json: crop_size {size!r} is not square")
+    return int(size["height"])

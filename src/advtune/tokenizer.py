@@ -1,0 +1,102 @@
+"""Class names and a template to token ids, cut to the longest text of the set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer as Encoder, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from advtune.clip import ClipConfig
+from advtune.errors import UserError
+
+PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+PLACEHOLDER = "x"  # stands where a learned prompt token will overwrite the embedding
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """CLIP's byte-pair encoder with the ids that frame a text."""
+
+    encoder: Encoder
+    start: int
+    end: int
+    context: int
+
+    def pieces(self, text: str) -> list[int]:
+        """The ids of one text, without start and end."""
+        return self.encoder.encode(text, add_special_tokens=False).ids
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Texts to ids [C, L]: start, pieces, end, then padding with the end token up to the longest.
+
+        Raises UserError when a text does not fit the context; nothing is cut silently.
+        """
+        return self._frame([self.pieces(text) for text in texts], texts)
+
+    def prompts(self, classes: Sequence[str], template: str, room: int = 0) -> Tensor:
+        """The template filled with every class name, as ids [C, L], with at least `room` tokens between the
+        start token and the class name for a learned prompt to overwrite; placeholders fill what the template
+        lacks, so a learned prompt never overwrites a name."""
+        prefix = template.split("{}")[0].strip()
+        have = len(self.pieces(prefix)) if prefix else 0
+        padding = " ".join([PLACEHOLDER] * max(0, room - have))
+        texts = [f"{padding} {template}".strip().replace("{}", name) for name in classes]
+        return self(texts)
+
+    def _frame(self, pieces: list[list[int]], texts: Sequence[str]) -> Tensor:
+        length = max(len(ids) for ids in pieces) + 2
+        if length > self.context:
+            worst = max(range(len(pieces)), key=lambda i: len(pieces[i]))
+            raise UserError(
+                f"text of {length} tokens is longer than the context of {self.context}: {texts[worst][:60]!r}"
+            )
+        rows = [[self.start, *ids] + [self.end] * (length - 1 - len(ids)) for ids in pieces]
+        return torch.tensor(rows)
+
+
+def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
+    """From tokenizer.json, or from vocab.json and merges.txt. Raises UserError when neither is there."""
+    if (folder / "tokenizer.json").is_file():
+        encoder = Encoder.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and not line.startswith("#version")]
+        encoder = byte_pair_encoder(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges)
+    else:
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    encoder.no_padding()
+    encoder.no_truncation()
+    if encoder.get_vocab_size() > config.vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer has {encoder.get_vocab_size()} ids, the model only {config.vocabulary}"
+        )
+    return Tokenizer(encoder, config.start_token, config.end_token, config.context)
+
+
+def byte_pair_encoder(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> Encoder:
+    """CLIP's encoder: lower case, spaces folded, byte-level pieces that end in </w>."""
+    encoder = Encoder(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[(a, b) for a, b in merges],
+            unk_token="<|endoftext|>",
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+        )
+    )
+    encoder.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    encoder.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return encoder
