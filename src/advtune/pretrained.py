@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -165,8 +166,8 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
                 part = load_file(path)
             else:
                 part = torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, __import__("pickle").UnpicklingError) as e:
-            reason = str(e).splitlines()[0][:120]
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
+            reason = str(e).strip().partition("\n")[0][:120]
             raise UserError(f"{path}: weights are truncated or damaged ({reason}); fetch the file again") from e
         tensors.update(part)
     return tensors

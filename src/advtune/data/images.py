@@ -1,0 +1,205 @@
+"""Encoded images -> uint8 pixels, decoded once and kept under a hash of everything that decides them."""
+
+import hashlib
+import io
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from advtune.data.fewshot import Split, select
+from advtune.data.sources import Part
+from advtune.data.task import Task
+from advtune.errors import UserError
+
+DECODER = f"1, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
+_warned: set[str] = set()
+T = TypeVar("T")
+
+
+@dataclass
+class Images:
+    """The pixels of a Split, in its fixed order.
+
+    x: uint8 [N, 3, S, S] ("native": [N, 3, height, width]). y: int64 [N]. ids: where each came from.
+    sha256: of the content hashes and labels, in order. skipped: ids of images that could not be decoded.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    ids: list[str]
+    sha256: str
+    skipped: list[str]
+
+
+def load_images(task: Task, split: Split, *, cache: Path | None = None, progress: bool = True) -> Images:
+    """Choose, read and decode the images of `split`. `cache` is a folder, by default `cache_dir()`.
+
+    Raises UserError if the part cannot be had, a class has too few images, or an image cannot be decoded
+    (with on_bad="fail"; with "skip" it is named in `skipped`).
+    """
+    records = select(task, split, partial(track, what="reading", show=progress))
+    hashes, y = records.hashes(), torch.tensor(records.labels, dtype=torch.int64)
+    file = (cache or cache_dir()) / f"{cache_key(hashes, split.resolution)}.safetensors"
+    stored = _load(file, len(records))
+    if stored is None:
+        x, good, reasons = decode_all(records, split.resolution, progress)
+        _save(file, x, good)
+    else:
+        (x, good), reasons = stored, {}
+    bad = [i for i, ok in enumerate(good.tolist()) if not ok]
+    if bad and (split.on_bad == "fail" or len(bad) == len(records)):
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        why = reasons.get(bad[0], "not a readable image")
+        raise UserError(f"cannot decode {records.ids[bad[0]]}{more} ({why}); mend it, or use on_bad=skip")
+    if bad:
+        x, y = x[good], y[good]
+    kept = [i for i, ok in enumerate(good.tolist()) if ok]
+    content = "".join(f"{hashes[i]}:{records.labels[i]}\n" for i in kept)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Images(x, y, [records.ids[i] for i in kept], digest, [records.ids[i] for i in bad])
+
+
+def decode(data: bytes, resolution: int | str) -> np.ndarray:
+    """Encoded bytes -> uint8 [3, S, S]: upright, RGB, short side to S (bicubic), centre crop.
+
+    "native" keeps the size. Transparent pixels are laid on white. 16-bit grey keeps its upper 8 bits.
+    Raises what Pillow raises.
+    """
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        image = to_rgb(ImageOps.exif_transpose(opened))
+    if resolution != "native":
+        side = int(resolution)
+        scale = side / min(image.size)
+        if scale != 1:
+            width, height = (side if v == min(image.size) else int(v * scale) for v in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB. Raises ValueError for floating-point pictures, whose range is unknown."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to white
+        values = np.asarray(image).astype(np.int64)
+        wide = (
+            image.mode.startswith("I;16") or values.max() > 255
+        )  # "I" is what 16 bits were before Pillow 11
+        values = values >> 8 if wide else values
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_all(
+    records: Part, resolution: int | str, progress: bool
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+    """x uint8 [N, 3, S, S], good bool [N], reasons of the bad. Raises UserError on mixed native sizes."""
+    n, reasons, failed = len(records), dict[int, str](), dict[int, tuple[int, ...]]()
+    lock = threading.Lock()
+    x: np.ndarray | None = None
+
+    def one(i: int) -> None:
+        nonlocal x
+        try:
+            pixels = decode(records.read(i), resolution)
+        except UserError:
+            raise
+        except Exception as error:  # Pillow raises nearly anything on hostile bytes
+            reasons[i] = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            return
+        with lock:
+            if x is None:
+                x = np.zeros((n, *pixels.shape), np.uint8)
+        if pixels.shape != x.shape[1:]:
+            failed[i] = pixels.shape
+        else:
+            x[i] = pixels
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in track(pool.map(one, range(n)), what="decoding", show=progress, total=n):
+            pass
+    if failed and x is not None:
+        (i, (_, h, w)), (_, _, height, width) = min(failed.items()), x.shape
+        sizes = f"{width}x{height} and {w}x{h} ({records.ids[i]})"
+        raise UserError(f"native resolution needs one size, but there are {sizes}; give a side such as 224")
+    good = torch.ones(n, dtype=torch.bool)
+    good[list(reasons)] = False
+    return torch.from_numpy(np.zeros((n, 3, 1, 1), np.uint8) if x is None else x), good, reasons
+
+
+def cache_dir() -> Path:
+    """$ADVTUNE_CACHE, else $XDG_CACHE_HOME/advtune, else ~/.cache/advtune."""
+    if given := os.environ.get("ADVTUNE_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "advtune"
+
+
+def cache_key(hashes: list[str], resolution: int | str) -> str:
+    """SHA-256 of the decoder, the resolution and the content hashes in order; names play no part."""
+    return hashlib.sha256(json.dumps([DECODER, resolution, hashes]).encode()).hexdigest()
+
+
+def _load(file: Path, n: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    try:
+        stored = load_file(file)  # a truncated file fails here: the header says how long it must be
+        x, good = stored["x"], stored["good"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return (x, good) if len(x) == len(good) == n else None
+
+
+def _save(file: Path, x: torch.Tensor, good: torch.Tensor) -> None:
+    beside = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"x": x, "good": good}, beside)
+        with beside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        if str(file.parent) not in _warned:
+            _warned.add(str(file.parent))
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            warnings.warn(f"images are not cached: {file.parent}: {reason}; set ADVTUNE_CACHE", stacklevel=3)
+
+
+def track(items: Iterable[T], *, what: str, show: bool, total: int | None = None) -> Iterator[T]:
+    """Yield `items`, showing progress on stderr: a bar on a terminal, else a line every ten seconds."""
+    total = len(items) if total is None else total  # type: ignore[arg-type]
+    if show and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track as bar
+
+        yield from bar(items, what, total, console=Console(stderr=True), transient=True)
+        return
+    last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        if show and time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"{what} images: {done} of {total}", file=sys.stderr)
+        yield item

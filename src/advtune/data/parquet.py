@@ -1,0 +1,142 @@
+"""Parquet files and hub sets, both through the `datasets` library: from a DatasetDict to a Source."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from advtune.data.sources import VAL_NAMES, Part, Source, existing, number, part_names
+from advtune.errors import UserError
+
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category", "target", "cls")
+
+
+def open_parquet(path: str) -> Source:
+    """One file, or a folder with train.parquet and test.parquet (or train-*.parquet; or these in data/)."""
+    root = existing(path, "parquet")
+    shards = _shards(root)
+    if not shards:
+        raise UserError(f"parquet:{path} (and its data/) has no train.parquet or test.parquet; add them")
+    files = {name: [str(file) for file in found] for name, found in shards.items()}
+    name = root.stem if root.is_file() else root.resolve().name
+    spec = f"parquet:{path}"
+    return to_source(_load("parquet", spec, data_files=files, cache_dir=_cache_of(files, spec)), name, spec)
+
+
+def _shards(root: Path) -> dict[str, list[Path]]:
+    if root.is_file():
+        return {"train": [root]}  # the library reserves the word "all"
+    for folder in (root, root / "data"):
+        found = {
+            name: [*folder.glob(f"{name}.parquet"), *sorted(folder.glob(f"{name}-*.parquet"))]
+            for name in ("train", "test", *VAL_NAMES)
+        }
+        if any(found.values()):
+            return {name: files for name, files in found.items() if files}
+    lone = list(root.glob("*.parquet"))
+    return {"train": lone} if len(lone) == 1 else {}
+
+
+def _cache_of(files: dict[str, list[str]], spec: str) -> str:
+    import datasets
+
+    content = hashlib.sha256()  # the library's own key is path and time of change: stale after some copies
+    try:
+        for name in (file for found in files.values() for file in found):
+            with open(name, "rb") as stream:
+                content.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"{spec} cannot be read: {error.strerror}") from None
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"advtune-{content.hexdigest()[:32]}")
+
+
+def open_hub(where: str) -> Source:
+    """`OWNER/NAME` or `OWNER/NAME:CONFIG` on the Hugging Face hub; needs the network or the hub's cache."""
+    repo, _, config = where.partition(":")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"hf:{where} is not hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
+    return to_source(_load(repo, f"hf:{where}", name=config or None), repo.split("/")[1], f"hf:{where}")
+
+
+def _load(what: str, spec: str, **options: Any) -> dict[str, Any]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    # six lines of retries; the failure below says it once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return dict(datasets.load_dataset(what, **options))
+    except PermissionError as error:
+        raise UserError(f"{spec}: cannot write {error.filename}; set HF_HOME to a writable folder") from None
+    except Exception as error:  # the library raises a dozen kinds, none of them shared
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if spec.startswith("parquet:"):
+            raise UserError(f"{spec} cannot be read: {reason}") from None
+        raise UserError(
+            f"cannot get {spec}: {reason}; be online, or download it elsewhere and give parquet:PATH"
+        ) from None
+
+
+def to_source(splits: dict[str, Any], name: str, spec: str) -> Source:
+    """A DatasetDict -> Source. A test split without labels (all negative) counts as absent."""
+    first = next(iter(splits.values()))
+    image, label = _image_column(first, spec), _label_column(first, spec)
+    raw = {key: _column(split, label).to_pylist() for key, split in splits.items()}
+    used = part_names(key for key, values in raw.items() if not values or any(map(_is_label, values)))
+    if not used:
+        raise UserError(f"{spec} has no labelled train or test split (it has: {', '.join(splits)})")
+    for part, key in used.items():
+        if bad := [i for i, value in enumerate(raw[key]) if not _is_label(value)]:
+            raise UserError(f"{spec}: row {bad[0]} of the {part} part has no label; remove or label it")
+    labels = {part: raw[key] for part, key in used.items()}
+    classes = list(getattr(first.features[label], "names", None) or [])
+    if not classes:
+        labels, classes = number(labels)
+    return Source(name, classes, {p: _part(splits[key], image, labels[p], p) for p, key in used.items()})
+
+
+def _is_label(value: Any) -> bool:
+    return value not in (None, "") and not (isinstance(value, int) and value < 0)
+
+
+def _column(split: Any, name: str) -> Any:
+    return split.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def _image_column(split: Any, spec: str) -> str:
+    import datasets
+
+    images = [c for c, kind in split.features.items() if isinstance(kind, datasets.Image)]
+    images = images or [c for c in IMAGE_COLUMNS if "binary" in str(split.features.get(c))]
+    if not images:
+        raise UserError(f"{spec} has no image column (it has: {', '.join(split.features)})")
+    return images[0]
+
+
+def _label_column(split: Any, spec: str) -> str:
+    import datasets
+
+    named = [c for c, kind in split.features.items() if isinstance(kind, datasets.ClassLabel)]
+    for candidates in (named, list(split.features)):
+        for column in LABEL_COLUMNS:
+            if column in candidates:
+                return column
+    if len(named) == 1:
+        return named[0]
+    raise UserError(f"{spec} has no label column (it has: {', '.join(split.features)}); call one 'label'")
+
+
+def _part(split: Any, image: str, labels: list[int], name: str) -> Part:
+    import datasets
+
+    records = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    paths = [p for chunk in _column(records, image).chunks for p in chunk.field("path").to_pylist()]
+
+    def read(i: int) -> bytes:
+        cell = records[i][image] or {}
+        if cell.get("bytes") is None and cell.get("path"):
+            return Path(cell["path"]).read_bytes()
+        return cell.get("bytes") or b""
+
+    return Part(labels, [path or f"{name}[{i}]" for i, path in enumerate(paths)], read)

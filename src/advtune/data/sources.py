@@ -1,0 +1,172 @@
+"""Where images come from: folders and CSV files here, Parquet files and the Hugging Face hub in parquet.py.
+
+Every source gives its class names and its parts: "train" and "test", only "test", or "all" (no split).
+A part named val, valid or validation is taken as "test" when there is no test part, and else left out.
+Nothing is decoded here: a Part reads encoded bytes, one image at a time.
+"""
+
+import csv
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from advtune.errors import UserError
+
+VAL_NAMES = ("validation", "valid", "val")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+@dataclass(eq=False)
+class Part:
+    """Labelled records, read lazily: `read(i)` gives the encoded bytes of image i (b"" if there are none)."""
+
+    labels: list[int]
+    ids: list[str]
+    read: Callable[[int], bytes]
+    _hashes: list[str] = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def hashes(self, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> list[str]:
+        """SHA-256 (hex) of each image's encoded bytes, read once. `track` wraps the loop to show progress."""
+        if not self._hashes:
+            self._hashes = [hashlib.sha256(self.read(i)).hexdigest() for i in track(range(len(self)))]
+        return self._hashes
+
+    def subset(self, indices: Sequence[int]) -> "Part":
+        """The records at `indices`, in that order; hashes that are known go along."""
+        labels, ids = [self.labels[i] for i in indices], [self.ids[i] for i in indices]
+        hashes = [self._hashes[i] for i in indices] if self._hashes else []
+        return Part(labels, ids, lambda i: self.read(indices[i]), hashes)
+
+
+@dataclass
+class Source:
+    """What a source holds: `name` for tables, `classes` in label order, `parts`."""
+
+    name: str
+    classes: list[str]
+    parts: dict[str, Part]
+
+
+def concat(first: Part, second: Part) -> Part:
+    """The records of `first`, then those of `second`."""
+    n = len(first)
+    return Part(
+        first.labels + second.labels,
+        first.ids + second.ids,
+        lambda i: first.read(i) if i < n else second.read(i - n),
+        first.hashes() + second.hashes(),
+    )
+
+
+def part_names(found: Iterable[str]) -> dict[str, str]:
+    """{"train" and "test", or "all" for a single split that is not a test split: the source's own name}."""
+    found = list(found)
+    val = [name for name in VAL_NAMES if name in found]
+    names = {"train": "train"} if "train" in found else {}
+    if "test" in found or val:
+        names["test"] = "test" if "test" in found else val[0]
+    if list(names) == ["train"] or (not names and len(found) == 1):
+        return {"all": "train" if names else found[0]}
+    return names
+
+
+def existing(path: str, kind: str) -> Path:
+    """The path of a spec. Raises UserError if there is none."""
+    found = Path(path).expanduser()
+    if not path or not found.exists():
+        raise UserError(f"{kind}:{path}: there is no such path; check the spelling")
+    return found
+
+
+def _read_file(paths: Sequence[Path], i: int) -> bytes:
+    try:
+        return paths[i].read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the image {paths[i]}: {error.strerror}") from None
+
+
+def open_folder(path: str) -> Source:
+    """PATH/train/<class>/* with PATH/test/<class>/*, or PATH/<class>/*. Folder names are class names."""
+    root = existing(path, "folder")
+    if not root.is_dir():
+        raise UserError(f"folder:{path} is a file; give the folder that holds one folder a class")
+    below = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
+    known = {"train", "test", *VAL_NAMES}
+    if ("train" in below and known & (set(below) - {"train"})) or (below and set(below) <= known):
+        roots = {part: below[name] for part, name in part_names(below).items()}
+    else:  # a lone class called "train" among others is a class
+        roots = {"all": root}
+    folders = {part: _class_folders(top) for part, top in roots.items()}
+    classes = sorted({name for found in folders.values() for name in found})
+    for part, found in folders.items():
+        if missing := sorted(set(classes) - set(found)):
+            raise UserError(f"folder:{path}: class {missing[0]!r} is missing from the {part} part; add it")
+    parts = {part: _folder_part(root, [found[c] for c in classes]) for part, found in folders.items()}
+    texts = [name.replace("_", " ").replace("-", " ") for name in classes]
+    return Source(root.resolve().name, texts, parts)
+
+
+def _class_folders(top: Path) -> dict[str, Path]:
+    return {d.name: d for d in sorted(top.iterdir()) if d.is_dir() and not d.name.startswith(".")}
+
+
+def _folder_part(root: Path, folders: Sequence[Path]) -> Part:
+    labels: list[int] = []
+    paths: list[Path] = []
+    for label, folder in enumerate(folders):
+        images = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
+        labels += [label] * len(images)
+        paths += images
+    return Part(labels, [p.relative_to(root).as_posix() for p in paths], partial(_read_file, paths))
+
+
+def open_csv(path: str) -> Source:
+    """A CSV with header: image (path relative to the file), label (name or integer), perhaps split or part.
+
+    A file without a split column is a single split. Errors name the line of the file.
+    """
+    file = existing(path, "csv")
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"csv:{path} cannot be read as UTF-8 CSV: {error}") from None
+    columns = [c for c in reader.fieldnames or () if c]
+    for needed in ("image", "label"):
+        if needed not in columns:
+            raise UserError(f"csv:{path} has no column {needed!r} (it has: {', '.join(columns)}); add it")
+    split = next((c for c in ("split", "part") if c in columns), None)
+    groups: dict[str, list[tuple[Path, str, str]]] = {}
+    for line, row in rows:
+        image, label = (row["image"] or "").strip(), (row["label"] or "").strip()
+        name = (row[split] or "").strip().lower() if split else "all"
+        if not image or label in ("", "-1"):
+            raise UserError(f"csv:{path} line {line}: needs an image and a label")
+        if split and name not in {"train", "test", *VAL_NAMES}:
+            raise UserError(f"csv:{path} line {line}: {split} must be train, val or test, not {name!r}")
+        if not (file.parent / image).is_file():
+            raise UserError(f"csv:{path} line {line}: there is no file {image!r} beside the CSV")
+        groups.setdefault(name, []).append((file.parent / image, image, label))
+    used = {part: groups[name] for part, name in part_names(groups).items()}
+    labels, classes = number({part: [label for *_, label in group] for part, group in used.items()})
+    parts = {
+        part: Part(labels[part], [name for _, name, _ in group], partial(_read_file, [p for p, *_ in group]))
+        for part, group in used.items()
+    }
+    return Source(file.stem, classes, parts)
+
+
+def number(raw: dict[str, list[Any]]) -> tuple[dict[str, list[int]], list[str]]:
+    """Labels of any kind -> integers and class names: names in alphabetic order, numbers in order of size."""
+    values = {str(v).strip() for part in raw.values() for v in part}
+    numeric = all(v.isdecimal() for v in values)
+    order = sorted(values, key=int) if numeric else sorted(values)
+    index = {value: i for i, value in enumerate(order)}
+    return {part: [index[str(v).strip()] for v in vs] for part, vs in raw.items()}, order

@@ -1,0 +1,168 @@
+"""A task is a labelled image source with its words: class names in label order and a prompt template."""
+
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from advtune.data.catalog import catalog
+from advtune.data.parquet import open_hub, open_parquet
+from advtune.data.sources import Part, Source, open_csv, open_folder
+from advtune.errors import UserError
+
+OPENERS = {"folder": open_folder, "parquet": open_parquet, "csv": open_csv, "hf": open_hub}
+FORMS = "folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME"
+TEMPLATE = "a photo of a {}."
+Words = str | Sequence[str] | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled image source with its words.
+
+    `spec` is what the user gave, `name` is short and for tables. `classes` are distinct texts in label order.
+    `parts` are what the source has: "train" and "test", only "test", or "all" (one split, cut 80/20 at need).
+    """
+
+    spec: str
+    name: str
+    classes: tuple[str, ...]
+    template: str
+    parts: dict[str, Part]
+
+    def texts(self) -> list[str]:
+        """The template filled with each class name, in label order: C texts."""
+        return [self.template.replace("{}", name) for name in self.classes]
+
+
+def load_task(spec: str, *, classes: Words | None = None, template: str | None = None) -> Task:
+    """Open a source: a catalog name, or `folder:`, `parquet:`, `csv:`, `hf:` and where it is.
+
+    classes: a JSON file (a list with one name per label, or {old: new}), comma-separated names, or a sequence
+    with one name per label, in the source's label order. template: exactly one {} and no other brace.
+    Raises UserError for anything that is missing, empty, ambiguous or not distinct.
+    """
+    kind, colon, where = spec.partition(":")
+    if colon and kind in OPENERS:
+        source, default = OPENERS[kind](where), TEMPLATE
+    elif spec in catalog():
+        source, default = _open_named(spec), catalog()[spec]["template"]
+    else:
+        near = difflib.get_close_matches(spec, catalog(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known sets: {', '.join(catalog())};"
+        raise UserError(f"unknown set {spec!r}: {hint} otherwise give {FORMS}")
+    names = source.classes if classes is None else rename(source.classes, classes)
+    if classes is None and names and all(name.isdecimal() for name in names):
+        warnings.warn(f"{spec}: the class texts are numbers, like the labels; give classes=", stacklevel=2)
+    texts = tuple(" ".join(name.split()) for name in names)
+    task = Task(spec, source.name, texts, default if template is None else template, source.parts)
+    check_task(task)
+    return task
+
+
+def check_task(task: Task) -> None:
+    """Raises UserError unless class texts are distinct, the template is sound and every part has images."""
+    if task.template.count("{}") != 1 or set("{}") & set(task.template.replace("{}", "")):
+        raise UserError(f"the template {task.template!r} must hold exactly one {{}} and no other brace")
+    for part, records in task.parts.items():
+        if not len(records):
+            raise UserError(f"{task.spec}: the {part} part has no images; check the path and the file types")
+    if len(task.classes) < 2:
+        raise UserError(f"{task.spec} has {len(task.classes)} class; a classifier needs two or more")
+    seen: dict[str, str] = {}
+    for name in task.classes:
+        if not name or set("{}") & set(name):
+            raise UserError(f"the class name {name!r} is empty or holds a brace; rename it with classes=")
+        if name.casefold() in seen:
+            raise UserError(f"the classes {seen[name.casefold()]!r} and {name!r} are one text; give classes=")
+        seen[name.casefold()] = name
+
+
+def rename(old: Sequence[str], given: Words) -> list[str]:
+    """New class names in label order, from a mapping {old: new} or one name per label."""
+    words = _read_classes(given) if isinstance(given, str) else given
+    values = list(words.values()) if isinstance(words, Mapping) else words
+    if (
+        isinstance(values, str)
+        or not isinstance(values, Sequence)
+        or not all(isinstance(value, str) for value in values)
+    ):
+        raise UserError("classes must be names, one per label, or a mapping {old: new}")
+    if isinstance(words, Mapping):
+        index = {_norm(name): i for i, name in enumerate(old)}
+        names = list(old)
+        for key, value in words.items():
+            if _norm(key) not in index:
+                near = difflib.get_close_matches(key, old, n=1) or list(old[:1])
+                raise UserError(f"classes: the source has no class {key!r}; the nearest is {near[0]!r}")
+            names[index[_norm(key)]] = value
+        return names
+    if len(words) != len(old):
+        raise UserError(f"classes: {len(words)} names for {len(old)} labels; give one each, or {{old: new}}")
+    known = [_norm(name) for name in old]
+    for i, name in enumerate(words):
+        if _norm(name) in known and _norm(name) != known[i]:  # positional renaming would swap labels unseen
+            place = known.index(_norm(name))
+            raise UserError(f"classes: {name!r} is number {i} but {place} in the source; keep its order")
+    return list(words)
+
+
+def _read_classes(given: str) -> Any:
+    if not given.endswith(".json"):
+        return [name.strip() for name in given.split(",")]
+    try:
+        return json.loads(Path(given).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"classes: cannot read {given}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"classes: {given} is not JSON: {error}") from None
+
+
+def _norm(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").split()).casefold()
+
+
+def _open_named(name: str) -> Source:
+    """$ADVTUNE_DATA/NAME, else the slice in the package, else the hub; with the catalog's label order."""
+    entry = catalog()[name]
+    local = os.environ.get("ADVTUNE_DATA")
+    if local and (Path(local).expanduser() / name).is_dir():
+        source = open_parquet(str(Path(local) / name))
+    elif entry["embedded"]:
+        source = open_parquet(str(files("advtune") / "assets" / entry["embedded"]))
+    else:
+        advice = f"set ADVTUNE_DATA to a folder that holds {name}/train.parquet and {name}/test.parquet"
+        if not entry["hub"]:
+            raise UserError(f"{name} is not on the hub: {advice}")
+        try:
+            source = open_hub(entry["hub"])
+        except UserError as error:
+            reason = str(error).split("; be online")[0]
+            raise UserError(f"{name}: {advice}, or be online for hf:{entry['hub']} ({reason})") from None
+    return to_catalog(Source(name, source.classes, source.parts), entry)
+
+
+def to_catalog(source: Source, entry: Mapping[str, Any]) -> Source:
+    """Relabel to the catalog's classes by name; images of other classes (Caltech's Faces_easy) are left out.
+
+    If the source lacks a class of the catalog, its own names are kept, with a warning.
+    """
+    wanted = {_norm(text): i for i, text in enumerate(entry["classes"])}
+    wanted |= {_norm(text): i for i, text in enumerate(entry["hub_classes"] or ())}
+    new = [wanted.get(_norm(text)) for text in source.classes]
+    if set(range(len(entry["classes"]))) - set(new):
+        warnings.warn(f"{source.name}: not the catalog's classes; its own names are used", stacklevel=2)
+        return source
+    if new == list(range(len(new))):
+        return Source(source.name, entry["classes"], source.parts)
+    parts = {}
+    for key, part in source.parts.items():
+        kept = [i for i, label in enumerate(part.labels) if new[label] is not None]
+        parts[key] = part.subset(kept)
+        parts[key].labels = [n for label in part.labels if (n := new[label]) is not None]
+    return Source(source.name, entry["classes"], parts)

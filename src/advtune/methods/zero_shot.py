@@ -1,0 +1,32 @@
+"""Zero-shot CLIP: nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from advtune.attacks import PGD, Attack
+from advtune.errors import UserError
+from advtune.recipe import Recipe
+from advtune.vlm import VLM, Batch
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The pre-trained model as it is, with a hand-written template (CLIP, arXiv:2103.00020)."""
+
+    paper: ClassVar[str] = "arXiv:2103.00020"
+    trains: ClassVar[str] = "nothing"
+    cycles: ClassVar[int] = 1
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    recipe: ClassVar[Recipe] = Recipe()
+    attack: ClassVar[PGD] = PGD()
+
+    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+        return {"student": frozen}
+
+    def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
+        raise UserError("zero-shot trains nothing; use: advtune evaluate zero-shot")

@@ -1,0 +1,226 @@
+"""Table lines as Markdown, CSV, LaTeX and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from advtune.errors import UserError
+from advtune.report.table import BLIND, flat, pixels, sections, shown, table
+from advtune.results import Row
+
+Line = dict[str, Any]
+CAPTION = (
+    "Accuracy in %. [low, high]: 95 % Wilson interval over the n images, at the mean where seeds are merged. "
+    "±: sample standard deviation over the seeds."
+)
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",  # \textquotedbl needs T1 fonts, which a bare article does not load
+    "[": "{[}",  # after a line's end these two are read as its argument
+    "*": "{*}",
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "·": r"$\cdot$",
+    "\n": " ",
+    "\r": " ",
+} | {special: "\\" + special for special in "&%_#${}"}
+LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"  # those of Latin-1 that OT1 fonts have
+
+
+def render(rows: Sequence[Row], format: str) -> str:
+    """The report as text: "markdown", "latex" (tabular for a bare article), "csv" or "json" (full precision).
+
+    Raises UserError for no rows and for another format.
+    """
+    writers = {"markdown": _markdown, "csv": _csv, "latex": _latex, "json": _json}
+    if format not in writers:
+        raise UserError(f"no report format {format!r}; choose from {', '.join(writers)}")
+    return writers[format](table(rows))
+
+
+def heading(section: Sequence[Line]) -> str:
+    """What all numbers of a section share: data, n, resolution, attack with eps and steps, backbone."""
+    line = section[0]
+    n = f"n = {line['n']}"
+    if line["robust_n"] not in (None, line["n"]):
+        n = f"n = {line['n']} clean, {line['robust_n']} robust"
+    data = " ".join(str(each) for each in (line["dataset"], line["part"]) if each)
+    size = f", {_size(line['resolution'])} px" if line["resolution"] else ""
+    attack = line["attack"] or "no attack"
+    if line["eps"] is not None:
+        attack += f" eps {pixels(line['eps'])}"
+    if line["steps"] is not None:
+        attack += f", {line['steps']} steps"
+    return f"{data}, {n}{size} · {attack} · {line['backbone']}"
+
+
+def label(line: Line) -> str:
+    """The method and what tells this line from the others of its section."""
+    texts = {key: shown(key, value) for key, value in line["differs"].items()}
+    differs = ", ".join(
+        f"{key} {text if len(text) <= 40 else text[:37] + '...'}" for key, text in texts.items()
+    )
+    return line["method"] + (f" ({differs})" if differs else "")
+
+
+def subheading(section: Sequence[Line]) -> str:
+    """The rest of what the numbers share: the attack's other options, the threat model, the weights."""
+    line = section[0]
+    parts = []
+    if line["attack_options"]:
+        options = (f"{key}={shown(key, value)}" for key, value in flat(line["attack_options"]).items())
+        parts.append(f"Attack: {', '.join(options)}")
+    threats = {each["settings"]["threat"] for each in section}
+    if len(threats) == 1 and line["attack"] and line["settings"]["threat"]:
+        parts.append(f"Threat: {line['settings']['threat']}")
+    if line["backbone_sha256"]:
+        parts.append(f"Backbone sha256: {line['backbone_sha256'][:12]}")
+    return ". ".join(parts)
+
+
+def footnotes(section: Sequence[Line]) -> list[str]:
+    """What a reader must know before believing the numbers of a section; one sentence each."""
+    notes = []
+    for line in section:
+        if line["reconstructed"]:
+            names = ", ".join(line["reconstructed"])
+            notes.append(f"† {line['method']}: no public source gives {names}; reconstructed by us.")
+    for line in section:
+        share = line["zero_gradient_share"]
+        if share is not None and share > BLIND:
+            notes.append(
+                f"Warning, {label(line)}: {100 * share:.1f} % of the input gradients "
+                f"(n = {line['zero_gradient_n']}) were exactly zero; the attack may have seen nothing, "
+                "so the robust accuracy may be too high."
+            )
+    notes += [f"Backbone {line['backbone']}: {line['notice']}" for line in section if line["notice"]]
+    if len({sha for line in section for sha in line["data_sha256"]}) > 1:
+        notes.append("Not all numbers here come from the same images (the sha256 of the data differ).")
+    if len({sha for line in section for sha in line["texts_sha256"]}) > 1:
+        notes.append("Not all numbers here use the same class texts.")
+    for line in section:
+        if any(line["skipped"]):
+            notes.append(
+                f"{label(line)}: images that could not be read and were skipped: {max(line['skipped'])}."
+            )
+        notes += [f"{label(line)}: {note}" for note in line["notes"]]
+    return list(dict.fromkeys(notes))
+
+
+def _size(resolution: Any) -> str:
+    return "x".join(map(str, resolution)) if isinstance(resolution, (list, tuple)) else str(resolution)
+
+
+def _number(line: Line, name: str) -> str:
+    mean, sd = line[f"{name}_accuracy"], line[f"{name}_sd"]
+    if mean is None:
+        return "-"
+    spread = "" if sd is None else f" ± {100 * sd:.1f}"
+    return f"{100 * mean:.1f}{spread} [{100 * line[f'{name}_low']:.1f}, {100 * line[f'{name}_high']:.1f}]"
+
+
+def _cells(section: Sequence[Line]) -> list[list[str]]:
+    """The header and the lines of one section, as plain text."""
+    names = ["clean", "robust"] if section[0]["attack"] else ["clean"]
+    cells = [["Method", "Trained on", "Seeds", "n", *(f"{name.capitalize()} %" for name in names)]]
+    for line in section:
+        trained = " ".join(str(each) for each in (line["train"], line["train_part"]) if each) or "-"
+        if line["train_shots"]:
+            trained += f", {line['train_shots']} shots"
+        seeds = ", ".join(str(seed) for seed in line["seeds"])
+        if len(line["seeds"]) == 1 and not line["settings"]["train"]:
+            seeds = "-"  # nothing was trained; the seed of the slice is in the settings of the row
+        sizes = dict.fromkeys(str(line[f"{name}_n"]) for name in names)
+        marker = " †" if line["reconstructed"] else ""
+        numbers = [_number(line, name) for name in names]
+        cells.append([label(line) + marker, trained, seeds, " / ".join(sizes), *numbers])
+    return cells
+
+
+def _markdown(lines: Sequence[Line]) -> str:
+    blocks = []
+    for section in sections(lines):
+        blocks.append(f"### {_md(heading(section))}")
+        if below := subheading(section):
+            blocks.append(_md(below))
+        header, *body = _cells(section)
+        rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
+        table_lines = [[_md(cell) for cell in header], rule, *([_md(cell) for cell in line] for line in body)]
+        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in table_lines))
+        blocks += [_md(note) for note in footnotes(section)]
+        blocks.append(_settings(section, _md))
+    return "\n\n".join([*blocks, _md(CAPTION)]) + "\n"
+
+
+def _settings(section: Sequence[Line], escape: Callable[[str], str]) -> str:
+    """Every setting of every line, folded away; GitHub renders it."""
+    items = []
+    for line in section:
+        facts = (f"{key}={shown(key, value)}" for key, value in flat(line["settings"]).items() if value != {})
+        items.append(f"- {escape(', '.join(facts))}")
+    return "\n".join(["<details><summary>Settings</summary>", "", *items, "", "</details>"])
+
+
+def _latex(lines: Sequence[Line]) -> str:
+    blocks = []
+    for section in sections(lines):
+        header, *body = _cells(section)
+        align = "l" * 3 + "r" * (len(header) - 3)
+        rows = [" & ".join(_tex(cell) for cell in line) + r" \\" for line in body]
+        top = rf"\noindent\textbf{{{_tex(heading(section))}}}\par"
+        head = [
+            rf"\noindent\begin{{tabular}}{{{align}}}",
+            r"\hline",
+            " & ".join(map(_tex, header)) + r" \\",
+            r"\hline",
+        ]
+        notes = [below] if (below := subheading(section)) else []
+        foot = [rf"\noindent{{\footnotesize {_tex(note)}\par}}" for note in [*notes, *footnotes(section)]]
+        blocks.append("\n".join([top, *head, *rows, r"\hline", r"\end{tabular}\par", *foot]))
+    blocks.append(rf"\noindent{{\footnotesize {_tex(CAPTION)}\par}}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _csv(lines: Sequence[Line]) -> str:
+    """One record a line; nested facts as dotted columns, lists as JSON."""
+    records = [flat(line) for line in lines]
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for record in records:
+        writer.writerow([_field(record.get(key)) for key in columns])
+    return out.getvalue()
+
+
+def _field(value: Any) -> Any:
+    if value is None or value == {}:
+        return ""
+    return json.dumps(value) if isinstance(value, (list, bool)) else value
+
+
+def _json(lines: Sequence[Line]) -> str:
+    return json.dumps(lines, indent=2, allow_nan=False) + "\n"
+
+
+def _md(text: str) -> str:
+    """Plain text for GitHub: no table bar, emphasis, link, HTML or formula comes out of a name."""
+    text = re.sub(r"([\\`*\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+
+
+def _tex(text: str) -> str:
+    """Plain text for LaTeX; a letter that a bare article cannot set is written as its code point."""
+    return "".join(
+        LATEX.get(c) or (c if c.isascii() or c in LETTERS else f"{{[}}U+{ord(c):04X}]") for c in text
+    )

@@ -1,0 +1,214 @@
+"""Result rows to table lines: sections of comparable numbers, seeds merged, repeats dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from advtune.errors import UserError
+from advtune.results import Row, mean_and_spread, wilson
+
+K = TypeVar("K")
+V = TypeVar("V")
+BLIND = 0.10  # share of exactly-zero input gradients above which an attack may have seen nothing
+TRAINED_ON = ("train.name", "train.part", "train.shots")  # with the method, columns of their own
+VARIES = ("seed", "n", "sha256", "skipped")  # of a split: what a seed changes
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One dict a line: section by section, zero-shot first, then in the order first seen.
+
+    Accuracies are fractions. A line is all rows that differ only in seed; of rows that differ only in when
+    and where they were computed the latest counts. Raises UserError when there is no row.
+    """
+    if not rows:
+        raise UserError("no result rows to report; evaluate something first or name another file")
+    lines = []
+    for number, section in enumerate(_group(_latest(rows), _section_key).values()):
+        groups = list(_group(section, _line_key).values())
+        groups.sort(key=lambda group: group[0].train is not None)
+        for group, differs in zip(groups, _differences(groups), strict=True):
+            lines.append({"section": number} | _line(group, differs))
+    return lines
+
+
+def sections(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines of `table`, one list a section."""
+    return list(_group(lines, lambda line: line["section"]).values())
+
+
+def pixels(value: Any) -> str:
+    """A distance between pixels as people write it: `4/255` when it is a multiple of 1/255."""
+    steps = value * 255
+    whole = round(steps)
+    return f"{whole}/255" if 0 < whole < 255 and abs(steps - whole) < 1e-6 else f"{value:g}"
+
+
+def shown(key: str, value: Any) -> str:
+    """An option's value as text: `4/255` for a distance, short floats, lists with commas."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(shown(key, each) for each in value)
+    last = key.replace(" ", ".").rpartition(".")[2]
+    if isinstance(value, float):
+        return pixels(value) if last in ("eps", "step_size") else f"{value:g}"
+    return "none" if value is None else str(value)[:12] if last.endswith("sha256") else str(value)
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined with dots."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _group(items: Sequence[V], key: Callable[[V], K]) -> dict[K, list[V]]:
+    found: dict[K, list[V]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def _text(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True)
+
+
+def _without(facts: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in (facts or {}).items() if key not in keys}
+
+
+def _section_key(row: Row) -> str:
+    data = [row.data.get(key) for key in ("name", "part", "resolution")]
+    sizes = [row.clean["n"], row.robust and row.robust["n"]]
+    backbone = [row.backbone.get(key) for key in ("name", "sha256")]
+    return _text([data, sizes, _without(row.attack, "seed"), backbone])
+
+
+def _setting(row: Row) -> dict[str, Any]:
+    """All that decides a row's numbers, seeds aside, and is not in its section's heading."""
+    train = _without(row.train, *VARIES)
+    if isinstance(train.get("attack"), Mapping):
+        train["attack"] = _without(train["attack"], "seed")
+    return {
+        "method": row.method,
+        "options": row.options,
+        "recipe": _without(row.recipe, "seed"),
+        "train": train,
+        "data": _without(row.data, *VARIES, "name", "part", "resolution"),
+        "threat": row.threat,
+        "precision": row.precision,
+    }
+
+
+def _line_key(row: Row) -> str:
+    return _text(_setting(row))
+
+
+def _latest(rows: Sequence[Row]) -> list[Row]:
+    found: dict[str, Row] = {}
+    for row in rows:
+        seeds = [row.train, row.data, row.recipe, row.attack]
+        key = _section_key(row) + _line_key(row) + _text(seeds)
+        if key not in found or row.time >= found[key].time:
+            found[key] = row
+    return list(found.values())
+
+
+def _differences(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+    """What tells each line of a section from the others.
+
+    Options and recipe are compared within a method, the training slice within a set, the rest in all.
+    """
+    flats = [flat(_setting(group[0])) for group in groups]
+    found = []
+    for own in flats:
+        peers = [each for each in flats if each["method"] == own["method"]]
+        trained = [each for each in flats if "train" not in each]  # {} stays one empty key: zero-shot
+        same_set = [each for each in trained if all(each.get(key) == own.get(key) for key in TRAINED_ON)]
+        differs = {}
+        for key, value in own.items():
+            if key in ("method", "train", *TRAINED_ON):
+                continue
+            others = flats
+            if key.startswith(("options", "recipe")):
+                others = peers
+            elif key.startswith("train"):
+                others = trained if key.startswith("train.attack") else same_set
+            if any(each.get(key) != value for each in others):
+                differs[key] = value
+        if "data.template" in differs:
+            differs.pop("data.texts_sha256", None)
+        found.append(differs)
+    return found
+
+
+def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
+    row = group[0]
+    attack, train = row.attack or {}, row.train or {}
+    line: dict[str, Any] = {
+        "dataset": row.data.get("name"),
+        "part": row.data.get("part"),
+        "resolution": row.data.get("resolution"),
+        "n": row.clean["n"],
+        "attack": attack.get("name"),
+        "eps": attack.get("eps"),
+        "steps": attack.get("steps"),
+        "attack_options": _without(attack, "name", "eps", "steps", "seed"),
+        "backbone": row.backbone.get("name"),
+        "backbone_sha256": row.backbone.get("sha256"),
+        "method": row.method,
+        "differs": {_short(key): value for key, value in differs.items()},
+        "train": train.get("name"),
+        "train_part": train.get("part"),
+        "train_shots": train.get("shots"),
+        "seeds": [_seed(each) for each in group],
+    }
+    line |= _numbers("clean", [each.clean for each in group])
+    line |= _numbers("robust", [each.robust for each in group if each.robust])
+    zero = [each.zero_gradient for each in group if each.zero_gradient]
+    worst = max(zero, key=lambda each: each["share"]) if zero else {}
+    return line | {
+        "zero_gradient_share": worst.get("share"),
+        "zero_gradient_n": worst.get("n"),
+        "reconstructed": sorted({name for each in group for name in each.reconstructed}),
+        "notice": row.backbone.get("notice") or "",
+        "notes": list(dict.fromkeys(note for each in group for note in each.notes)),
+        "skipped": [each.data.get("skipped") or 0 for each in group],
+        "settings": _setting(row),
+        "data_sha256": [each.data.get("sha256") for each in group],
+        "texts_sha256": [each.data.get("texts_sha256") for each in group],
+        "train_sha256": [(each.train or {}).get("sha256") for each in group],
+        "runs": [each.run for each in group],
+        "times": [each.time for each in group],
+        "devices": [each.device for each in group],
+        "advtune": [each.advtune for each in group],
+    }
+
+
+def _seed(row: Row) -> Any:
+    """The training seed; without training, the seed of the evaluated slice."""
+    return row.data.get("seed") if row.train is None else row.train.get("seed")
+
+
+def _short(key: str) -> str:
+    """`options.alpha` -> `alpha`, `train.attack.eps` -> `train attack eps`."""
+    for top in ("options.", "recipe.", "data."):
+        key = key.removeprefix(top)
+    return key.replace(".", " ")
+
+
+def _numbers(name: str, counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean, spread over the rows, and the Wilson interval over the n images, taken at the mean."""
+    keys = ("accuracy", "sd", "low", "high", "n")
+    if not counts:
+        return dict.fromkeys(f"{name}_{key}" for key in keys) | {f"{name}_values": []}
+    values = [each["accuracy"] for each in counts]
+    mean, sd = mean_and_spread(values)
+    n = counts[0]["n"]
+    low, high = wilson(round(mean * n), n)
+    numbers = dict(zip(keys, (mean, sd, low, high, n), strict=True))
+    return {f"{name}_{key}": value for key, value in numbers.items()} | {f"{name}_values": values}

@@ -1,0 +1,248 @@
+"""The result row: one line of JSON. What is not in the row is not in the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from advtune import __version__
+from advtune.errors import UserError
+
+SCHEMA = 1
+START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
+
+
+def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion, as fractions in [0, 1]. Raises ValueError for n < 1.
+
+    centre = (p + z^2/2n) / (1 + z^2/n), half = z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
+    """
+    if n < 1 or not 0 <= correct <= n or not 0 < level < 1:
+        raise ValueError(f"no interval for {correct} correct of {n} at level {level}")
+    z = statistics.NormalDist().inv_cdf(0.5 + level / 2)
+    p = correct / n
+    scale = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    # at the ends the exact bound is 0 or 1, which rounding misses
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+
+
+def flag_text(flags: Iterable[Any]) -> str:
+    """Flags per image as the row keeps them: one 0 or 1 each. Takes booleans, 0/1 or such a text."""
+    if isinstance(flags, str):
+        if set(flags) - set("01"):
+            raise ValueError("a text of flags holds only 0 and 1")
+        return flags
+    values = list(flags)
+    if any(flag not in (0, 1) for flag in values):
+        raise ValueError("a flag is true or false")
+    return "".join("1" if flag else "0" for flag in values)
+
+
+def accuracy(flags: Sequence[bool] | str) -> dict[str, Any]:
+    """`{"correct", "n", "accuracy", "low", "high"}`; fractions, with the 95 % Wilson interval.
+
+    Raises ValueError when there is no flag.
+    """
+    text = flag_text(flags)
+    correct, n = text.count("1"), len(text)
+    low, high = wilson(correct, n)
+    return {"correct": correct, "n": n, "accuracy": correct / n, "low": low, "high": high}
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; one value has no spread. Raises ValueError when there is none."""
+    if not values:
+        raise ValueError("no values to average")
+    return statistics.fmean(values), (statistics.stdev(values) if len(values) > 1 else None)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the microsecond; sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One evaluation of one model on one split. Raises ValueError when flags and counts disagree."""
+
+    schema: int = SCHEMA
+    advtune: str = __version__
+    time: str = field(default_factory=now)
+    run: str = ""  # name of the run's folder
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    reconstructed: list[str] = field(default_factory=list)  # options whose value no public source gives
+    recipe: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] | None = None  # spec, name, part, shots, seed, n, sha256, classes, attack
+    backbone: dict[str, Any]  # name, sha256, image_size, logit_scale, notice
+    data: dict[
+        str, Any
+    ]  # spec, name, part, shots, seed, limit, resolution, n, sha256, template, skipped, ...
+    attack: dict[str, Any] | None = None  # name, eps, steps, ...
+    threat: str = ""
+    clean: dict[str, Any]
+    robust: dict[str, Any] | None = None
+    zero_gradient: dict[str, Any] | None = None  # share, n
+    precision: str = "fp32"
+    device: str = ""
+    batch_size: int = 0
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    flags: dict[str, str]  # "clean", "robust": one 0 or 1 an image, in the split's order
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema {self.schema}, this version reads {SCHEMA}")
+        if (self.attack is None) != (self.robust is None):
+            raise ValueError("attack and robust go together: both or neither")
+        for name, counts in (("clean", self.clean), ("robust", self.robust)):
+            if (counts is None) != (name not in self.flags):
+                raise ValueError(f"flags and counts of {name} go together: both or neither")
+            if counts is None:
+                continue
+            found = accuracy(self.flags[name])
+            if any(not math.isclose(counts[key], found[key], abs_tol=1e-9) for key in found):
+                raise ValueError(
+                    f"flags of {name} give {found['correct']} of {found['n']}, the counts differ"
+                )
+
+    def to_json(self) -> str:
+        """One line, without the newline. Raises ValueError for nan or infinity."""
+        facts = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return json.dumps(facts, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Row:
+        """Raises ValueError when the text is not a row, or one of another schema."""
+        facts = json.loads(text, parse_constant=_not_a_number)
+        if not isinstance(facts, dict) or "schema" not in facts:
+            raise ValueError("not a result row")
+        if facts["schema"] != SCHEMA:
+            raise ValueError(f"schema {facts['schema']}, this version reads {SCHEMA}")
+        try:
+            return cls(**facts)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a result row: {error}") from error
+
+
+def append(path: str | os.PathLike[str], row: Row) -> None:
+    """Adds one line of JSON and waits until it is on the disk. A row cut short by a killed writer is removed.
+
+    Raises UserError when the file ends in something that is not a row.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = row.to_json().encode() + b"\n"
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        with _locked(handle):
+            line = _mend(handle, path) + line
+            if os.write(handle, line) != len(line):  # the rest of the line is mended by the next append
+                raise OSError(f"{path}: the disk took only a part of the row")
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(*paths: str | os.PathLike[str]) -> list[Row]:
+    """The rows of JSON-lines files, in order; a half-written last line is skipped.
+
+    Raises UserError naming file and line for a broken one, and for a file that cannot be read.
+    """
+    rows = []
+    for path in paths:
+        try:
+            lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; name a file of result rows") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(Row.from_json(line))
+            except ValueError as error:
+                if number == len(lines) and _cut(line):
+                    continue
+                raise UserError(
+                    f"{path} line {number}: {_one_line(error)}; mend or remove that line"
+                ) from error
+    return rows
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Writes beside, waits for the disk, renames: the file is whole or untouched. Text is UTF-8."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(handle: int) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: one writer a file
+        yield
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield  # closing the handle lets go
+
+
+def _mend(handle: int, path: Path) -> bytes:
+    """Cuts an unfinished last line off; returns the newline that a finished one lacks, or nothing."""
+    end, take, tail = os.fstat(handle).st_size, 65536, b""
+    with path.open("rb") as file:
+        while b"\n" not in tail and len(tail) < end:
+            file.seek(max(0, end - take))
+            tail, take = file.read(), take * 4
+    tail = tail.rpartition(b"\n")[2]
+    if not tail.strip():
+        return b""
+    try:
+        Row.from_json(tail)
+        return b"\n"
+    except ValueError:
+        if not _cut(tail):
+            raise UserError(f"{path} does not end in a result row; give another file to append to") from None
+    os.ftruncate(handle, end - len(tail))
+    return b""
+
+
+def _cut(line: bytes) -> bool:
+    """Whether this is the beginning of a row; a lost block reads as zeros."""
+    line = line.rstrip(b"\0")
+    if not line.startswith(START):
+        return START.startswith(line)
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False  # whole, so not cut: a row of another schema, or a wrong one
+
+
+def _not_a_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,207 @@
+"""VLM = a dual encoder + what was learned on top of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advtune.clip import CLIP
+from advtune.errors import UserError
+from advtune.preprocess import Preprocess
+from advtune.pretrained import read_pretrained
+from advtune.prompts import FixedPrompts, Prompts
+from advtune.tokenizer import Tokenizer
+
+Classifier = Callable[[Tensor], Tensor]  # images [B, 3, any, any] in [0, 1] -> logits [B, C]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the frozen weights came from; goes into every result row."""
+
+    name: str
+    sha256: str
+    notice: str = ""
+
+
+@dataclass
+class Batch:
+    """One training batch: images x [B, 3, S, S] in [0, 1], labels y [B], and for every model by name the class
+    texts' token ids [C, L]. `cycle` counts the repetitions of the schedule (0 but for two-phase methods)."""
+
+    x: Tensor
+    y: Tensor
+    tokens: Mapping[str, Tensor]
+    cycle: int = 0
+
+
+@dataclass
+class TextCache:
+    tokens: Tensor | None = None
+    features: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class VLM(nn.Module):
+    """`image_features`, `text_features`, `logits`, `classifier`, `delta`: all that a method or attack needs.
+
+    `precision` bf16 runs the towers under autocast; features, logits and losses stay fp32.
+    """
+
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, origin: Origin, prompts: nn.Module | None = None):
+        super().__init__()
+        self.clip = clip
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.origin = origin
+        self.precision = "fp32"
+        self.run: dict[str, Any] = {}  # how it was tuned; empty for a zero-shot model
+        self._cache = TextCache()
+
+    # --- what was learned -------------------------------------------------------------------------------
+
+    def with_prompts(
+        self, template: str, text: int, image: int, depth: int, coupling: str = "independent", seed: int = 0
+    ) -> VLM:
+        """A model of the same frozen towers with fresh trainable prompts; the first text prompt starts from
+        the first words of the template. Raises UserError when there are prompts already."""
+        if self.prompts is not None:
+            raise UserError("the backbone has learned prompts already; tune on a run that learned a tower")
+        words = self.tokenizer.pieces(template.split("{}")[0])[:text]
+        start = self.clip.text.embed(torch.tensor(words, device=self.device)) if words else None
+        prompts = Prompts(self.clip, text, image, depth, coupling, start, seed).to(self.device)
+        return self._like(self.clip, prompts)
+
+    def with_image_tower(self, preprocess: Preprocess | None = None) -> VLM:
+        """A model with a trainable copy of the image tower; the text tower is shared and frozen. `preprocess`
+        replaces the backbone's own, for releases that normalise differently."""
+        clip = copy.copy(self.clip)
+        clip._modules = dict(self.clip._modules)
+        clip.image = copy.deepcopy(self.clip.image).requires_grad_(True)
+        if preprocess is not None:
+            clip.config = dataclasses.replace(clip.config, preprocess=preprocess)
+        return self._like(clip, self.prompts)
+
+    def _like(self, clip: CLIP, prompts: nn.Module | None) -> VLM:
+        model = VLM(clip, self.tokenizer, self.origin, prompts)
+        model.precision = self.precision
+        return model
+
+    def delta(self) -> dict[str, Tensor]:
+        """Only what was learned: the trainable towers' parameters, and the prompts as they enter the towers
+        (couplings applied, so kilobytes)."""
+        learned = {
+            f"clip.{name}": value.detach().cpu().contiguous()
+            for name, value in self.clip.named_parameters()
+            if value.requires_grad
+        }
+        if self.prompts is not None:
+            text, image = self.prompts()
+            named = {"prompts.text": text, "prompts.image": image}
+            learned |= {k: v.detach().cpu().contiguous() for k, v in named.items() if v is not None}
+        return learned
+
+    def with_delta(self, delta: dict[str, Tensor]) -> VLM:
+        """This model with a stored delta applied. Raises UserError on a tensor that does not belong here."""
+        prompts = self.prompts
+        if any(name.startswith("prompts.") for name in delta):
+            prompts = FixedPrompts(delta.get("prompts.text"), delta.get("prompts.image"))
+        model = self.with_image_tower() if any(name.startswith("clip.") for name in delta) else self
+        model = model._like(model.clip, prompts)
+        parameters = dict(model.named_parameters())
+        for name, value in delta.items():
+            if name.startswith("prompts."):
+                continue
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise UserError(f"learned tensor {name} does not fit backbone {self.origin.name}")
+            parameters[name].data.copy_(value)
+        return model.requires_grad_(False).eval().to(self.device)
+
+    # --- the encoders -----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.logit_scale.device
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of what the image tower sees."""
+        return self.clip.config.preprocess.crop or self.clip.config.image_size
+
+    def tokens(self, classes: Sequence[str], template: str) -> Tensor:
+        """Token ids [C, L] of the class texts, with room for the learned text prompt."""
+        text = None if self.prompts is None else self.prompts()[0]
+        room = 0 if text is None else text.shape[1]
+        return self.tokenizer.prompts(classes, template, room).to(self.device)
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, any, any] in [0, 1] -> unit vectors [B, D]."""
+        return self._image(x, None if self.prompts is None else self.prompts()[1])
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Token ids [C, L] -> unit vectors [C, D]."""
+        return self._text(tokens, None if self.prompts is None else self.prompts()[0])
+
+    def logits(self, x: Tensor, text: Tensor) -> Tensor:
+        """Pixels and text features [C, D] -> logits [B, C]."""
+        return self._scaled(self.image_features(x), text)
+
+    def classifier(self, tokens: Tensor) -> Classifier:
+        """f: images -> logits, with the text encoded once, now; gradients reach whatever is trainable."""
+        text_prompts, image_prompts = (None, None) if self.prompts is None else self.prompts()
+        text = self._text(tokens, text_prompts)
+        return lambda x: self._scaled(self._image(x, image_prompts), text)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """What cosines are multiplied by (about 100 in OpenAI CLIP)."""
+        return self.clip.logit_scale.exp()
+
+    def _scaled(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.logit_scale * image @ text.T
+
+    def _image(self, x: Tensor, prompts: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.clip.encode_image(x, prompts)
+        return F.normalize(features.float(), dim=-1)
+
+    def _text(self, tokens: Tensor, prompts: Tensor | None) -> Tensor:
+        cache = self._cache
+        constant = prompts is None and not any(p.requires_grad for p in self.clip.text.parameters())
+        if constant and cache.tokens is not None and torch.equal(cache.tokens, tokens):
+            return cache.features
+        # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
+        low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=low):
+            features = self.clip.encode_text(tokens, prompts)
+        features = F.normalize(features.float(), dim=-1)
+        if constant:
+            self._cache = TextCache(tokens, features)
+        return features
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 has its own instructions here, so that it is faster than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def load_vlm(name: str, device: str = "cpu", precision: str = "auto") -> VLM:
+    """A frozen zero-shot model from a backbone: `mini`, a folder in Hugging Face CLIP format, or a hub id.
+
+    precision: fp32, bf16, or auto (bf16 where the hardware has it). Raises UserError as `read_pretrained`.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision {precision!r} is not one of auto, fp32, bf16")
+    read = read_pretrained(name)
+    model = VLM(read.clip, read.tokenizer, Origin(read.name, read.sha256, read.notice)).to(device)
+    fast = native_bf16(model.device)
+    model.precision = ("bf16" if fast else "fp32") if precision == "auto" else precision
+    return model

@@ -1,0 +1,264 @@
+"""Reports: what is merged, what must never be, and that every format reads back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import struct
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from advtune.errors import UserError
+from advtune.report import render, scatter, table
+from advtune.report.table import pixels
+from advtune.results import Row, accuracy, wilson
+
+N = 10
+NASTY = r"a|b & 50% _x_ #1 $y$ {z} ~ ^ \ <i> *s* `c` [l](u) é ± 中 **b** \| " + '"q"'
+ATTACK = {"name": "pgd", "eps": 4 / 255, "steps": 20, "step_size": 1 / 255, "seed": 0}
+
+
+def make(method: str = "tecoa", clean: int = 6, robust: int = 3, seed: int | None = 0, **changes: Any) -> Row:
+    """A row with so many right of N; `seed` None is zero-shot; dicts are added to."""
+    flags = {name: "1" * k + "0" * (N - k) for name, k in (("clean", clean), ("robust", robust))}
+    train: dict[str, Any] | None = {"name": "imagenet", "part": "all", "shots": 16, "attack": {"name": "pgd"}}
+    train = None if seed is None else train | {"seed": seed, "n": 160, "sha256": f"t{seed}"}  # type: ignore[operator]
+    if train is not None:
+        train |= changes.pop("train", {})
+    data = {
+        "spec": "pets",
+        "name": "pets",
+        "part": "test",
+        "n": N,
+        "resolution": 224,
+        "sha256": "d",
+        "seed": 0,
+    }
+    data |= {"template": "a photo of a {}.", "texts_sha256": "e", "skipped": 0} | changes.pop("data", {})
+    facts: dict[str, Any] = {
+        "method": method,
+        "options": {"alpha": 1.0},
+        "recipe": {} if seed is None else {"epochs": 5},
+        "train": train,
+        "backbone": {"name": "tiny", "sha256": "b" * 64, "notice": ""} | changes.pop("backbone", {}),
+        "data": data,
+        "attack": ATTACK,
+        "threat": "white-box",
+        "clean": accuracy(flags["clean"]),
+        "robust": accuracy(flags["robust"]),
+        "flags": flags,
+        "zero_gradient": {"share": 0.0, "n": N},
+    }
+    return Row(**(facts | changes))
+
+
+def clean_only() -> Row:
+    row = make()
+    return replace(row, attack=None, robust=None, zero_gradient=None, flags={"clean": row.flags["clean"]})
+
+
+def cells(markdown: str) -> list[list[list[str]]]:
+    """Tables -> lines -> cells, as a reader of the rendered page sees them."""
+    tables: list[list[list[str]]] = []
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
+    for before, token in pairwise(tokens):
+        if token.type == "table_open":
+            tables.append([])
+        elif token.type == "tr_open":
+            tables[-1].append([])
+        elif before.type in ("th_open", "td_open"):
+            assert all(child.type in ("text", "text_special") for child in token.children or [])
+            tables[-1][-1].append("".join(child.content for child in token.children or []))
+    return tables
+
+
+def test_no_rows() -> None:
+    for call in (table, lambda rows: render(rows, "csv"), lambda rows: scatter(rows, "x.png")):
+        with pytest.raises(UserError, match="no result rows"):
+            call([])
+    with pytest.raises(UserError, match="choose from markdown"):
+        render([make()], "html")
+
+
+def test_single_seed_has_its_wilson_interval() -> None:
+    (line,) = table([make(clean=6, robust=3)])
+    assert (line["clean_accuracy"], line["clean_sd"], line["clean_n"]) == (0.6, None, N)
+    assert (line["robust_low"], line["robust_high"]) == wilson(3, N)
+    low, high = (f"{100 * each:.1f}" for each in wilson(3, N))
+    assert rf"30.0 \[{low}, {high}\]" in render([make()], "markdown")
+
+
+def test_seeds_merge_into_mean_and_spread() -> None:
+    rows = [make(seed=seed, robust=k) for seed, k in ((0, 2), (1, 3), (2, 4))]
+    (line,) = table(rows)
+    assert line["seeds"] == [0, 1, 2] and line["robust_values"] == [0.2, 0.3, 0.4]
+    assert line["robust_accuracy"] == pytest.approx(0.3) and line["robust_sd"] == pytest.approx(0.1)
+    assert (line["robust_low"], line["robust_high"]) == wilson(3, N)
+    assert "30.0 ± 10.0" in render(rows, "markdown") and "0, 1, 2" in render(rows, "markdown")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"options": {"alpha": 2.0}},
+        {"recipe": {"epochs": 9}},
+        {"train": {"shots": 4}},
+        {"train": {"spec": "other"}},
+        {"train": {"attack": {"name": "fgsm"}}},
+        {"data": {"template": "{}"}},
+        {"data": {"texts_sha256": "other"}},
+        {"threat": "transfer"},
+        {"precision": "bf16"},
+    ],
+)
+def test_what_is_not_a_seed_is_a_line_with_its_own_label(changes: dict[str, Any]) -> None:
+    rows = [make(), make(seed=1), make(**changes)]
+    assert [line["seeds"] for line in table(rows)] == [[0, 1], [0]]
+    ((_, one, two),) = cells(render(rows, "markdown"))
+    assert one[:2] != two[:2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"name": "dtd"}},
+        {"data": {"part": "new"}},
+        {"data": {"resolution": 32}},
+        {"attack": ATTACK | {"eps": 1 / 255}},
+        {"attack": ATTACK | {"steps": 3}},
+        {"attack": ATTACK | {"step_size": 2 / 255}},
+        {"backbone": {"sha256": "other"}},
+    ],
+)
+def test_what_cannot_be_compared_is_another_section(changes: dict[str, Any]) -> None:
+    rows = [make(), make(seed=1), make(**changes)]
+    assert [line["section"] for line in table(rows)] == [0, 1]
+    assert len(cells(render(rows, "markdown"))) == 2
+
+
+def test_clean_only_is_another_section_without_a_robust_column() -> None:
+    with_attack, without = cells(render([make(), clean_only()], "markdown"))
+    assert with_attack[0][-1] == "Robust %" and without[0][-1] == "Clean %"
+    assert "no attack" in render([clean_only()], "markdown")
+
+
+def test_the_latest_of_a_repeated_evaluation_counts() -> None:
+    old = make(robust=1, time="2025-01-01T00:00:00+00:00", device="cpu", run="a")
+    new = make(robust=4, time="2025-01-02T00:00:00+00:00", device="cuda", run="b", seconds=9.0)
+    for rows in ([old, new], [new, old]):
+        (line,) = table(rows)
+        assert line["robust_values"] == [0.4] and line["runs"] == ["b"]
+
+
+def test_zero_shot_first_then_as_first_seen() -> None:
+    rows = [make("tecoa"), make("apd"), make("zero-shot", seed=None), make("capt")]
+    assert [line["method"] for line in table(rows)] == ["zero-shot", "tecoa", "apd", "capt"]
+
+
+def test_zero_shot_shows_no_false_difference() -> None:
+    rows = [make("zero-shot", seed=None), make("tecoa")]
+    ((_, one, two),) = cells(render(rows, "markdown"))
+    assert one[:3] == ["zero-shot", "-", "-"] and two[:3] == ["tecoa", "imagenet all, 16 shots", "0"]
+
+
+def test_heading_carries_attack_eps_steps_and_n() -> None:
+    text = render([make()], "markdown")
+    assert "### pets test, n = 10, 224 px · pgd eps 4/255, 20 steps · tiny" in text
+    assert "step_size=1/255" in text and "Threat: white-box" in text
+
+
+def test_pixels() -> None:
+    assert [pixels(value) for value in (4 / 255, 1 / 255, 0, 0.0, 0.5, 0.01, 1.0)] == [
+        *("4/255", "1/255", "0", "0", "0.5", "0.01", "1"),
+    ]
+
+
+def test_footnotes() -> None:
+    rows = [
+        make("capt", reconstructed=["alpha", "beta"], backbone={"notice": "stand-in, not OpenAI CLIP"}),
+        make(
+            "tecoa", zero_gradient={"share": 0.101, "n": N}, backbone={"notice": "stand-in, not OpenAI CLIP"}
+        ),
+        make(
+            "apd", zero_gradient={"share": 0.1, "n": N}, data={"sha256": "other", "skipped": 2}, notes=["odd"]
+        ),
+    ]
+    text = render(rows, "markdown")
+    assert "| capt † |" in text and "† capt: no public source gives alpha, beta" in text
+    assert text.count("Backbone tiny: stand-in, not OpenAI CLIP") == 1
+    assert "Warning, tecoa: 10.1 %" in text and "Warning, apd" not in text
+    assert "Not all numbers here come from the same images" in text and "same class texts" not in text
+    assert "skipped: 2" in text and "apd: odd" in text
+    plain = render([make()], "markdown")
+    assert "†" not in plain and "Warning" not in plain and "Not all" not in plain
+
+
+@pytest.mark.parametrize("name", ["plain", NASTY, "a\nb", "__init__", "~~x~~", "&lt;"])
+def test_markdown_shows_names_as_they_are(name: str) -> None:
+    rows = [make(name), make(name, options={"alpha": 2.0}), make(data={"name": name}, reconstructed=["a|b"])]
+    found = cells(render(rows, "markdown"))
+    assert len(found) == 2 and {len(line) for each in found for line in each} == {6}
+    assert found[0][1][0] == f"{' '.join(name.split())} (alpha 1)"
+    raw = [
+        re.split(r"(?<!\\)\|", line) for line in render(rows, "markdown").splitlines() if line.startswith("|")
+    ]
+    assert {len(line) for line in raw} == {8}
+
+
+def test_csv_reads_back_at_full_precision() -> None:
+    rows = [make("zero-shot", seed=None), make(NASTY, seed=0, robust=1), make(NASTY, seed=1), clean_only()]
+    found = list(csv.DictReader(io.StringIO(render(rows, "csv"))))
+    assert [line["method"] for line in found] == ["zero-shot", NASTY, "tecoa"]
+    assert float(found[1]["eps"]) == 4 / 255 and float(found[1]["robust_low"]) == wilson(2, N)[0]
+    assert json.loads(found[1]["robust_values"]) == [0.1, 0.3] and json.loads(found[1]["seeds"]) == [0, 1]
+    assert found[2]["robust_accuracy"] == "" and found[1]["settings.options.alpha"] == "1.0"
+    assert all(None not in line and None not in line.values() for line in found)
+
+
+def test_json_reads_back() -> None:
+    rows = [make(), make(seed=1), make(NASTY, run="r1")]
+    assert json.loads(render(rows, "json")) == table(rows)
+    assert table(rows)[1]["runs"] == ["r1"] and table(rows)[0]["train_sha256"] == ["t0", "t1"]
+
+
+def test_latex_escapes() -> None:
+    text = render([make(NASTY), make(data={"name": NASTY}, notes=[NASTY])], "latex")
+    assert (
+        r"a\textbar{}b \& 50\% \_x\_ \#1 \$y\$ \{z\} \textasciitilde{} \textasciicircum{} \textbackslash{} "
+        r"\textless{}i\textgreater{} {*}s{*}"
+    ) in text
+    assert r"é $\pm$ {[}U+4E2D]" in text and "中" not in text
+    for line in text.splitlines():
+        if line.endswith(r"\\"):
+            assert len(re.findall(r"(?<!\\)&", line)) == 5
+        bare = re.sub(r"\\[&%_#${}\\]", "", line)
+        assert not set(bare) & set('%_#~^"|<>') and bare.count("{") == bare.count("}")
+        assert bare.count("$") % 2 == 0
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+
+
+def test_scatter_writes_a_picture(tmp_path: Path) -> None:
+    rows = [make("zero-shot", 8, 0, seed=None), make("tecoa $x$", 6, 3), make("capt", 10, 10), clean_only()]
+    scatter(rows, tmp_path / "one.png", title="Pets $y$")
+    content = (tmp_path / "one.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 5000
+    assert struct.unpack(">II", content[16:24]) == (624, 528)
+    scatter([*rows, make(data={"name": "dtd"})], tmp_path / "two.png")
+    assert struct.unpack(">II", (tmp_path / "two.png").read_bytes()[16:24]) == (1248, 528)
+    scatter(rows, tmp_path / "one.svg")
+    assert b"<svg" in (tmp_path / "one.svg").read_bytes()
+
+
+def test_scatter_refuses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="robust accuracy"):
+        scatter([clean_only()], tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"end the name in \.png"):
+        scatter([make()], tmp_path / "x.gif")
+    assert not list(tmp_path.iterdir())
