@@ -259,9 +259,7 @@ def test_catalog_is_sound():
 
 
 def test_catalog_needs_neither_torch_nor_datasets():
-    code = (
-        "import sys, advtune.data.catalog as c; c.catalog(); print({'torch', 'datasets'} & set(sys.modules))"
-    )
+    code = "import sys, advtune.data.catalog as c; c.catalog(); print({'torch', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

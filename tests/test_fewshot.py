@@ -10,13 +10,9 @@ from advtune.data.fewshot import select
 from advtune.errors import UserError
 
 
-def make_task(
-    contents: dict[str, list[tuple[int, bytes]]], classes=("cat", "dog", "owl"), prefix="f"
-) -> Task:
+def make_task(contents: dict[str, list[tuple[int, bytes]]], classes=("cat", "dog", "owl"), prefix="f") -> Task:
     parts = {
-        name: Part(
-            [y for y, _ in rows], [f"{prefix}{i}" for i in range(len(rows))], lambda i, rows=rows: rows[i][1]
-        )
+        name: Part([y for y, _ in rows], [f"{prefix}{i}" for i in range(len(rows))], lambda i, rows=rows: rows[i][1])
         for name, rows in contents.items()
     }
     return Task("made", "made", classes, "a photo of a {}.", parts)
@@ -116,6 +112,12 @@ def test_copies_in_a_class_can_be_chosen_more_than_once():
     assert Counter(picked(task, Split("train", shots=3))) == {(y, b"same%d" % y): 3 for y in range(3)}
 
 
+def test_copies_are_chosen_one_by_one():
+    task = make_task({"train": [(y, b"%d-%d" % (y, i)) for y in range(3) for i in range(10) for _ in range(5)]})
+    kinds = [len(set(picked(task, Split("train", shots=5, seed=seed)))) for seed in range(5)]
+    assert min(kinds) > 3, "three classes of one image each would be 3"
+
+
 def test_one_image_in_a_class_cannot_be_cut():
     task = make_task({"train": [*rows_of(5, classes=2), (2, b"lonely")]})
     with pytest.raises(UserError, match="'owl' has 1 distinct image,"):
@@ -208,5 +210,18 @@ def test_embedded_shots_are_pinned(monkeypatch, tmp_path):
     assert {name: len(part) for name, part in task.parts.items()} == {"train": 160, "test": 500}
     assert select(task, Split("train", shots=1, seed=0)).ids == PINNED[0]
     assert select(task, Split("train", shots=1, seed=1)).ids == PINNED[1]
+    val = [
+        "train/19010.png",
+        "train/13738.png",
+        "train/23728.png",
+        "train/04676.png",
+        "train/14253.png",
+        "train/21133.png",
+        "train/56734.png",
+        "train/04752.png",
+        "train/24532.png",
+        "train/59242.png",
+    ]
+    assert select(task, Split("val", limit=10)).ids == val
     images = load_images(task, Split("train", shots=4, seed=0, resolution="native"), cache=tmp_path)
     assert images.sha256 == "b9e26fe96eb4ce944a455facc6a4cf61a33ce888ca398c993fa51788d4f7f984"

@@ -143,6 +143,11 @@ def test_what_cannot_be_compared_is_another_section(changes: dict[str, Any]) -> 
     assert len(cells(render(rows, "markdown"))) == 2
 
 
+def test_another_template_says_so_without_the_hash_of_its_texts() -> None:
+    line = table([make(), make(data={"template": "{}", "texts_sha256": "other"})])[1]
+    assert line["differs"] == {"template": "{}"}
+
+
 def test_clean_only_is_another_section_without_a_robust_column() -> None:
     with_attack, without = cells(render([make(), clean_only()], "markdown"))
     assert with_attack[0][-1] == "Robust %" and without[0][-1] == "Clean %"
@@ -183,12 +188,8 @@ def test_pixels() -> None:
 def test_footnotes() -> None:
     rows = [
         make("capt", reconstructed=["alpha", "beta"], backbone={"notice": "stand-in, not OpenAI CLIP"}),
-        make(
-            "tecoa", zero_gradient={"share": 0.101, "n": N}, backbone={"notice": "stand-in, not OpenAI CLIP"}
-        ),
-        make(
-            "apd", zero_gradient={"share": 0.1, "n": N}, data={"sha256": "other", "skipped": 2}, notes=["odd"]
-        ),
+        make("tecoa", zero_gradient={"share": 0.101, "n": N}, backbone={"notice": "stand-in, not OpenAI CLIP"}),
+        make("apd", zero_gradient={"share": 0.1, "n": N}, data={"sha256": "other", "skipped": 2}, notes=["odd"]),
     ]
     text = render(rows, "markdown")
     assert "| capt † |" in text and "† capt: no public source gives alpha, beta" in text
@@ -206,9 +207,7 @@ def test_markdown_shows_names_as_they_are(name: str) -> None:
     found = cells(render(rows, "markdown"))
     assert len(found) == 2 and {len(line) for each in found for line in each} == {6}
     assert found[0][1][0] == f"{' '.join(name.split())} (alpha 1)"
-    raw = [
-        re.split(r"(?<!\\)\|", line) for line in render(rows, "markdown").splitlines() if line.startswith("|")
-    ]
+    raw = [re.split(r"(?<!\\)\|", line) for line in render(rows, "markdown").splitlines() if line.startswith("|")]
     assert {len(line) for line in raw} == {8}
 
 

@@ -159,11 +159,12 @@ def test_cut_line_longer_than_a_block(tmp_path: Path) -> None:
     assert [len(row.flags["clean"]) for row in read(path)] == [4, 300_000]
 
 
-def test_lost_block_reads_as_zeros(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [b"", b'{"sch', b'{"schema": 1, "adv'])
+def test_lost_block_reads_as_zeros(tmp_path: Path, start: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     append(path, make())
     with path.open("ab") as file:
-        file.write(b'{"schema": 1, "adv' + bytes(50))
+        file.write(start + bytes(50))
     assert len(read(path)) == 1
     append(path, make())
     assert len(read(path)) == 2
@@ -177,9 +178,7 @@ def test_whole_row_without_newline_is_kept(tmp_path: Path) -> None:
     assert len(read(path)) == 2
 
 
-@pytest.mark.parametrize(
-    "broken", ['{"schema": 1, "met', "[]", "{}", '{"schema": 2}', '{"schema": 1, "x": 3}']
-)
+@pytest.mark.parametrize("broken", ['{"schema": 1, "met', "[]", "{}", '{"schema": 2}', '{"schema": 1, "x": 3}'])
 def test_broken_line_in_the_middle(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{make().to_json()}\n{broken}\n{make().to_json()}\n")

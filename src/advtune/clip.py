@@ -6,6 +6,7 @@ D embedding width, S image side, H heads, N image patches, K prompt depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +49,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -93,9 +94,7 @@ class ImageTower(nn.Module):
         self.patch = config.patch
         self.embed = nn.Linear(3 * config.patch**2, tower.width, bias=False)
         self.class_token = nn.Parameter(torch.randn(tower.width) * 0.02)
-        self.position = nn.Parameter(
-            torch.randn(1 + (config.image_size // config.patch) ** 2, tower.width) * 0.02
-        )
+        self.position = nn.Parameter(torch.randn(1 + (config.image_size // config.patch) ** 2, tower.width) * 0.02)
         self.norm_pre = nn.LayerNorm(tower.width, tower.eps)
         self.blocks = nn.ModuleList(Block(tower, causal=False) for _ in range(tower.layers))
         self.norm_post = nn.LayerNorm(tower.width, tower.eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -96,9 +96,7 @@ def check_budget(x: Tensor, x_adv: Tensor, attack: Attack) -> None:
         raise RuntimeError(f"attack {type(attack).__name__} left its budget: moved {far:.6f}, eps {attack.eps:.6f}")
 
 
-def zero_gradients(
-    f: Callable[[Tensor], Tensor], images: Images, device: torch.device, size: int
-) -> dict[str, float]:
+def zero_gradients(f: Callable[[Tensor], Tensor], images: Images, device: torch.device, size: int) -> dict[str, float]:
     """The share of input gradients that are exactly zero, over the first images: a high share means that the
     attack is blind, not that the model is robust."""
     zeros, total, n = 0, 0, min(GRADIENT_SAMPLE, len(images.y))
@@ -138,7 +136,7 @@ def row(
             "texts_sha256": texts,
             "skipped": images.skipped,
         },
-        attack=attack and attack_facts(attack),
+        attack=None if attack is None else attack_facts(attack),
         threat=WHITE_BOX if attack else "",
         clean=accuracy(clean.tolist()),
         robust=None if robust is None else accuracy(robust.tolist()),

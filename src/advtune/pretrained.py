@@ -270,8 +270,10 @@ def write_pretrained(clip: CLIP, folder: Path, dtype: torch.dtype = torch.float3
     }
     config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": c.embed, **towers}
     p = c.preprocess
-    size = {"shortest_edge": p.resize} if isinstance(p.resize, int) else p.resize and dict(
-        zip(("height", "width"), p.resize, strict=True)
+    size = (
+        {"shortest_edge": p.resize}
+        if isinstance(p.resize, int)
+        else p.resize and dict(zip(("height", "width"), p.resize, strict=True))
     )
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",

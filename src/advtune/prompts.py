@@ -47,29 +47,33 @@ class Prompts(nn.Module):
         if start is not None and text:
             words[0, : len(start)] = start[:text].detach().cpu()
         self.coupling = coupling
-        self.text = self.image = None
+        self.text: nn.Parameter | None = None
+        self.image: nn.Parameter | None = None
+        self.maps: LayerMaps | None = None
         if text and coupling != "image-to-text":
             self.text = nn.Parameter(words)
         if image and coupling != "text-to-image":
             patches[0] += blank
             self.image = nn.Parameter(patches)
         if coupling == "text-to-image":
-            self.maps = _maps(depths[0], config.text.width, config.image.width, blank, random)
+            self.maps = LayerMaps(depths[0], config.text.width, config.image.width, blank, random)
         elif coupling == "image-to-text":
-            self.maps = _maps(depths[0], config.image.width, config.text.width, words[0].mean(0), random)
+            self.maps = LayerMaps(depths[0], config.image.width, config.text.width, words[0].mean(0), random)
 
     def forward(self) -> tuple[Tensor | None, Tensor | None]:
         """Text and image prompts, each [K, P, W] or none."""
-        text, image = self.text, self.image
-        if self.coupling == "text-to-image":
-            image = _map(self.maps, text)
-        elif self.coupling == "image-to-text":
-            text = _map(self.maps, image)
-        return text, image
+        if self.maps is None:
+            return self.text, self.image
+        if self.text is not None:
+            return self.text, self.maps(self.text)
+        return self.maps(self.image), self.image
 
 
 class FixedPrompts(nn.Module):
     """Prompts as they were learned, coupling already applied: what a run folder holds."""
+
+    text: Tensor | None
+    image: Tensor | None
 
     def __init__(self, text: Tensor | None, image: Tensor | None):
         super().__init__()
@@ -80,17 +84,15 @@ class FixedPrompts(nn.Module):
         return self.text, self.image
 
 
-def _maps(depth: int, wide: int, out: int, bias: Tensor, random: torch.Generator) -> nn.ModuleList:
-    maps = nn.ModuleList(nn.Linear(wide, out) for _ in range(depth))
-    bound = wide**-0.5
-    for i, layer in enumerate(maps):
-        nn.init.uniform_(layer.weight, -bound, bound, generator=random)
-        nn.init.zeros_(layer.bias)
-        if i == 0:
-            layer.bias.data += bias
-    return maps
+class LayerMaps(nn.Module):
+    """One linear map a layer: prompts [K, P, W of one tower] -> [K, P, W of the other]."""
 
+    def __init__(self, depth: int, wide: int, out: int, bias: Tensor, random: torch.Generator):
+        super().__init__()
+        bound = wide**-0.5  # as nn.Linear starts
+        self.weight = nn.Parameter((torch.rand(depth, out, wide, generator=random) * 2 - 1) * bound)
+        self.bias = nn.Parameter(torch.zeros(depth, out))
+        self.bias.data[0] = bias
 
-def _map(maps: nn.ModuleList, prompts: Tensor | None) -> Tensor:
-    assert prompts is not None
-    return torch.stack([layer(prompt) for layer, prompt in zip(maps, prompts, strict=True)])
+    def forward(self, prompts: Tensor) -> Tensor:
+        return torch.einsum("kpi,koi->kpo", prompts, self.weight) + self.bias[:, None]

@@ -31,9 +31,7 @@ class Recipe:
     def optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser over the parameters that learn."""
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-            )
+            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         return torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
 
     def rate(self, step: int, steps: int, steps_per_epoch: int) -> float:

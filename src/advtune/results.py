@@ -87,9 +87,7 @@ class Row:
     recipe: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] | None = None  # spec, name, part, shots, seed, n, sha256, classes, attack
     backbone: dict[str, Any]  # name, sha256, image_size, logit_scale, notice
-    data: dict[
-        str, Any
-    ]  # spec, name, part, shots, seed, limit, resolution, n, sha256, template, skipped, ...
+    data: dict[str, Any]  # spec, name, part, shots, seed, limit, resolution, n, sha256, template, skipped, ...
     attack: dict[str, Any] | None = None  # name, eps, steps, ...
     threat: str = ""
     clean: dict[str, Any]
@@ -115,9 +113,7 @@ class Row:
                 continue
             found = accuracy(self.flags[name])
             if any(not math.isclose(counts[key], found[key], abs_tol=1e-9) for key in found):
-                raise ValueError(
-                    f"flags of {name} give {found['correct']} of {found['n']}, the counts differ"
-                )
+                raise ValueError(f"flags of {name} give {found['correct']} of {found['n']}, the counts differ")
 
     def to_json(self) -> str:
         """One line, without the newline. Raises ValueError for nan or infinity."""
@@ -176,9 +172,7 @@ def read(*paths: str | os.PathLike[str]) -> list[Row]:
             except ValueError as error:
                 if number == len(lines) and _cut(line):
                     continue
-                raise UserError(
-                    f"{path} line {number}: {_one_line(error)}; mend or remove that line"
-                ) from error
+                raise UserError(f"{path} line {number}: {_one_line(error)}; mend or remove that line") from error
     return rows
 
 

@@ -47,19 +47,14 @@ def load_run(folder: Path, device: str, precision: str) -> VLM:
     config = read_config(folder)
     base = load(config["backbone"]["name"], device, precision)
     if base.origin.sha256 != config["backbone"]["sha256"]:
-        raise UserError(
-            f"{folder}: backbone {base.origin.name!r} has other content than the one the run was tuned on"
-        )
+        raise UserError(f"{folder}: backbone {base.origin.name!r} has other content than the one the run was tuned on")
     try:
         delta = load_file(folder / DELTA)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / DELTA}: truncated or damaged ({error}); tune again") from error
     model = base.with_delta(delta)
-    stored = config["preprocess"]
-    model.clip.config = dataclasses.replace(
-        model.clip.config,
-        preprocess=Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}),
-    )
+    stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["preprocess"].items()}
+    model.clip.config = dataclasses.replace(model.clip.config, preprocess=Preprocess(**stored))
     digest = hashlib.sha256((base.origin.sha256 + file_sha256(folder / DELTA)).encode()).hexdigest()
     model.origin = Origin(str(folder), digest, base.origin.notice)
     model.run = {**config, "folder": folder.name}

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from advtune import runs
+from advtune.attacks import PGD
 from advtune.augment import crop_and_flip
 from advtune.data import Images, Split, Task, load_images, load_task
 from advtune.errors import UserError
-from advtune.methods import METHODS, Method, configure
+from advtune.methods import Method, configure
 from advtune.options import as_options, describe
-from advtune.attacks import PGD
 from advtune.progress import progress
 from advtune.recipe import Recipe
 from advtune.results import write_atomic
@@ -135,7 +135,9 @@ def claim(out: Path, resume: bool, overwrite: bool) -> Path | None:
         return None
     for taken in (out, partial):
         if taken.exists() and not (overwrite or (resume and taken is partial)):
-            raise UserError(f"{taken} exists; go on with --resume, replace it with --overwrite, or choose another --out")
+            raise UserError(
+                f"{taken} exists; go on with --resume, replace it with --overwrite, or choose another --out"
+            )
     return partial
 
 
@@ -164,7 +166,10 @@ def fit(plan: Plan, images: Images, folder: Path | None, resume: bool, show: boo
     first = log.restore(learning, optimiser)
     x = images.x.to(plan.backbone.device)
     y = images.y.to(plan.backbone.device)
-    with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
+    with (
+        progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance,
+        torch.random.fork_rng(),
+    ):
         for step in range(first, steps):
             rows = epoch_order(len(y), plan.seed, step // per_epoch)[(step % per_epoch) * size :][:size].to(y.device)
             torch.manual_seed(mix(plan.seed, step))
@@ -181,7 +186,12 @@ def fit(plan: Plan, images: Images, folder: Path | None, resume: bool, show: boo
 
 
 def update(
-    plan: Plan, models: Mapping[str, VLM], batch: Batch, optimiser: torch.optim.Optimizer, rate: float, step: int
+    plan: Plan,
+    models: Mapping[str, VLM],
+    batch: Batch,
+    optimiser: torch.optim.Optimizer,
+    rate: float,
+    step: int,
 ) -> dict[str, float]:
     """One optimiser step; the loss terms as numbers. Raises UserError naming the term that is not finite."""
     terms = plan.method.loss(models, batch, plan.attack)

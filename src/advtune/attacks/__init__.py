@@ -14,7 +14,8 @@ from advtune.losses import cross_entropy
 class Attack(Protocol):
     """A frozen dataclass whose fields are the budget. It sees a function, never a model, prompt or tokenizer."""
 
-    eps: Any
+    @property
+    def eps(self) -> float: ...
 
     def __call__(
         self,

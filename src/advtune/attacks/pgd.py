@@ -27,9 +27,7 @@ class PGD:
     )
     restarts: int = option(1, "runs from new random starts, on what still stands", low=1)
     random_start: bool = option(True, "start from a uniform point of the ball")
-    keep: str = option(
-        "best", "the iterate to return; best costs one more forward", choices=("best", "last")
-    )
+    keep: str = option("best", "the iterate to return; best costs one more forward", choices=("best", "last"))
     early_stop: bool = option(True, "images that are fooled leave the batch (exact for accuracy)")
 
     @property

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from advtune.data.sources import Part, concat
 from advtune.data.task import Task
@@ -67,7 +68,7 @@ def select(task: Task, split: Split, track: Callable[[Iterable[int]], Iterable[i
     if split.shots is not None:
         records = take_shots(records, split.shots, split.seed, task.classes)
     records = in_order(records)
-    return records if split.limit is None else records.subset(range(len(records))[: split.limit])
+    return records.subset(range(len(records))[: split.limit])
 
 
 def named_part(task: Task, name: str) -> Part:
@@ -77,23 +78,13 @@ def named_part(task: Task, name: str) -> Part:
         fit, val = cut(named_part(task, "train"), VAL_SHARE, task.classes, "fit/val")
         return fit if name == "fit" else val
     if name == "all":
-        return parts["all"] if "all" in parts else concat_all(parts)
+        return reduce(concat, parts.values())
     if "all" in parts:
         train, test = cut(parts["all"], TEST_SHARE, task.classes, "train/test")
         return train if name == "train" else test
     if name not in parts:
-        raise UserError(
-            f"{task.spec} has no {name} part, only {', '.join(parts)}; choose another part or source"
-        )
+        raise UserError(f"{task.spec} has no {name} part, only {', '.join(parts)}; choose another part or source")
     return parts[name]
-
-
-def concat_all(parts: dict[str, Part]) -> Part:
-    """Train and test together."""
-    first, *rest = parts.values()
-    for part in rest:
-        first = concat(first, part)
-    return first
 
 
 def cut(records: Part, share: int, classes: Sequence[str], purpose: str) -> tuple[Part, Part]:
@@ -126,9 +117,7 @@ def take_shots(records: Part, shots: int, seed: int, classes: Sequence[str]) -> 
     chosen = []
     for label, own in by_class.items():
         if len(own) < shots:
-            raise UserError(
-                f"{shots} shots asked for, but class {classes[label]!r} has {len(own)}; ask for fewer"
-            )
+            raise UserError(f"{shots} shots asked for, but class {classes[label]!r} has {len(own)}; ask for fewer")
         chosen += sorted(own, key=lambda i: _rank(f"shots:{seed}", keys[i]))[:shots]
     return records.subset(chosen)
 

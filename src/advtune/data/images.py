@@ -100,9 +100,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB. Raises ValueError for floating-point pictures, whose range is unknown."""
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to white
         values = np.asarray(image).astype(np.int64)
-        wide = (
-            image.mode.startswith("I;16") or values.max() > 255
-        )  # "I" is what 16 bits were before Pillow 11
+        wide = image.mode.startswith("I;16") or values.max() > 255  # "I" is what 16 bits were before Pillow 11
         values = values >> 8 if wide else values
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":

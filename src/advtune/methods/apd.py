@@ -16,6 +16,7 @@ from advtune.prompts import COUPLINGS
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
 
+
 @dataclass(frozen=True)
 class APD:
     """APD (arXiv:2411.15244): prompts in both towers of a student s, taught by a clean, prompted CLIP t.
@@ -52,9 +53,7 @@ class APD:
 
     def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
         def prompted(seed: int) -> VLM:
-            return frozen.with_prompts(
-                template, self.text_tokens, self.image_tokens, self.depth, self.coupling, seed
-            )
+            return frozen.with_prompts(template, self.text_tokens, self.image_tokens, self.depth, self.coupling, seed)
 
         return {"student": prompted(seed), "teacher": frozen if self.teacher == "frozen" else prompted(seed)}
 

@@ -70,12 +70,14 @@ class CAPT:
         f = models["student"].classifier(batch.tokens["student"])
         f0 = models["frozen"].classifier(batch.tokens["frozen"])
         x_adv = attack(f, x, y)
-        adversarial, clean = f(x_adv), f(x) if self.ce != "adversarial" or self.lam else None
-        ce = {"clean": [clean], "adversarial": [adversarial], "both": [clean, adversarial]}[self.ce]
-        terms = {"ce": torch.stack([cross_entropy(logits, y).mean() for logits in ce]).mean()}
+        adversarial = f(x_adv)
+        if self.ce == "adversarial" and not self.lam:
+            return {"ce": cross_entropy(adversarial, y).mean()}
+        clean = f(x)
+        seen = {"clean": [clean], "adversarial": [adversarial], "both": [clean, adversarial]}[self.ce]
+        terms = {"ce": torch.stack([cross_entropy(logits, y).mean() for logits in seen]).mean()}
         if self.lam:
-            with torch.no_grad():
-                frozen = f0(x)
+            frozen = f0(x).detach()
             a = self._adaptive(clean.detach(), frozen, y)
             target = clean.detach() if self.detach_clean else clean
             terms["train"] = self.lam * ((1 - a) * self._kl(target, adversarial)).mean()

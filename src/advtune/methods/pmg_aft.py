@@ -34,7 +34,9 @@ class PMGAFT:
     statistics: str = option("backbone", "image mean and std", choices=("backbone", "imagenet"))
     reduction: str = option("mean", "KL over the batch", choices=("mean", "sum"))
     direction: str = option(
-        "target-first", "KL(target || f(x')), or KL(f(x') || target)", choices=("target-first", "adversarial-first")
+        "target-first",
+        "KL(target || f(x')), or KL(f(x') || target)",
+        choices=("target-first", "adversarial-first"),
     )
     detach_clean: bool = option(False, "treat f(x) as a constant in its KL")
 
@@ -51,7 +53,10 @@ class PMGAFT:
     def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
         own = frozen.clip.config.preprocess
         theirs = replace(own, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        return {"student": frozen.with_image_tower(theirs if self.statistics == "imagenet" else own), "frozen": frozen}
+        return {
+            "student": frozen.with_image_tower(theirs if self.statistics == "imagenet" else own),
+            "frozen": frozen,
+        }
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         x, y = batch.x, batch.y

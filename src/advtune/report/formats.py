@@ -67,9 +67,7 @@ def heading(section: Sequence[Line]) -> str:
 def label(line: Line) -> str:
     """The method and what tells this line from the others of its section."""
     texts = {key: shown(key, value) for key, value in line["differs"].items()}
-    differs = ", ".join(
-        f"{key} {text if len(text) <= 40 else text[:37] + '...'}" for key, text in texts.items()
-    )
+    differs = ", ".join(f"{key} {text if len(text) <= 40 else text[:37] + '...'}" for key, text in texts.items())
     return line["method"] + (f" ({differs})" if differs else "")
 
 
@@ -110,9 +108,7 @@ def footnotes(section: Sequence[Line]) -> list[str]:
         notes.append("Not all numbers here use the same class texts.")
     for line in section:
         if any(line["skipped"]):
-            notes.append(
-                f"{label(line)}: images that could not be read and were skipped: {max(line['skipped'])}."
-            )
+            notes.append(f"{label(line)}: images that could not be read and were skipped: {max(line['skipped'])}.")
         notes += [f"{label(line)}: {note}" for note in line["notes"]]
     return list(dict.fromkeys(notes))
 
@@ -221,6 +217,4 @@ def _md(text: str) -> str:
 
 def _tex(text: str) -> str:
     """Plain text for LaTeX; a letter that a bare article cannot set is written as its code point."""
-    return "".join(
-        LATEX.get(c) or (c if c.isascii() or c in LETTERS else f"{{[}}U+{ord(c):04X}]") for c in text
-    )
+    return "".join(LATEX.get(c) or (c if c.isascii() or c in LETTERS else f"{{[}}U+{ord(c):04X}]") for c in text)

@@ -83,9 +83,7 @@ def _panel(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str]) -
             points[name] = ([mean], [[max(0, mean - low)], [max(0, high - mean)]])
         (x, x_bar), (y, y_bar) = points["clean"], points["robust"]
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axis.errorbar(
-            x, y, xerr=x_bar, yerr=y_bar, fmt=marker, color=colour, markersize=7, elinewidth=1, capsize=2
-        )
+        axis.errorbar(x, y, xerr=x_bar, yerr=y_bar, fmt=marker, color=colour, markersize=7, elinewidth=1, capsize=2)
     axis.margins(0.15)
     left, right = axis.get_xlim()
     low, high = axis.get_ylim()

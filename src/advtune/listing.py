@@ -1,0 +1,98 @@
+"""What `advtune list` shows, as data and as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advtune.options import describe
+
+HUB_BACKBONES = {
+    "openai/clip-vit-base-patch32": "ViT-B/32 at 224, the papers' usual choice",
+    "openai/clip-vit-base-patch16": "ViT-B/16 at 224",
+    "openai/clip-vit-large-patch14": "ViT-L/14 at 224",
+    "openai/clip-vit-large-patch14-336": "ViT-L/14 at 336",
+}
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """The known methods, attacks, data sets or backbones, JSON-ready."""
+    return {"methods": _methods, "attacks": _attacks, "data": _data, "backbones": _backbones}[what]()
+
+
+def _methods() -> list[dict[str, Any]]:
+    from advtune.methods import METHODS
+
+    return [
+        {
+            "name": name,
+            "about": (kind.__doc__ or "").strip().splitlines()[0],
+            "paper": kind.paper,
+            "trains": kind.trains,
+            "presets": list(kind.presets),
+            "options": describe(kind),
+            "recipe": describe(kind.recipe),
+            "attack": describe(kind.attack),
+        }
+        for name, kind in METHODS.items()
+    ]
+
+
+def _attacks() -> list[dict[str, Any]]:
+    from advtune.attacks import ATTACKS
+
+    return [
+        {"name": name, "about": (kind.__doc__ or "").strip().splitlines()[0], "options": describe(kind)}
+        for name, kind in ATTACKS.items()
+    ]
+
+
+def _data() -> list[dict[str, Any]]:
+    from advtune.data.catalog import catalog
+
+    return [{"name": name, **facts} for name, facts in catalog().items()]
+
+
+def _backbones() -> list[dict[str, Any]]:
+    embedded = {
+        "name": "mini",
+        "about": "embedded stand-in, not OpenAI CLIP; runs offline",
+        "where": "embedded",
+    }
+    hub = [{"name": name, "about": about, "where": "hub"} for name, about in HUB_BACKBONES.items()]
+    local = {"name": "PATH", "about": "any Hugging Face CLIP folder, or a run folder", "where": "local"}
+    return [embedded, *hub, local]
+
+
+def show(what: str, facts: list[dict[str, Any]]) -> None:
+    """Print a listing for a person."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if what == "data":
+        for fact in facts:
+            where = "embedded" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
+            console.print(f"[bold]{fact['name']}[/]  {fact['title']}, {len(fact['classes'])} classes, from {where}")
+    elif what == "backbones":
+        for fact in facts:
+            console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})")
+    else:
+        for fact in facts:
+            _show_options(console, fact)
+    if what == "methods":
+        console.print("† reconstructed: no public source gives it; our choice, ablated in docs/log.md")
+
+
+def _show_options(console: Any, fact: dict[str, Any]) -> None:
+    trains = f"  (trains {fact['trains']})" if "trains" in fact else ""
+    console.print(f"[bold]{fact['name']}[/]{trains}", markup=True)
+    console.print(f"  {fact['about']}", markup=False)
+    for option in fact["options"]:
+        mark = "†" if option["reconstructed"] else ""
+        choices = f" ({' | '.join(map(str, option['choices']))})" if option["choices"] else ""
+        line = f"    {option['name']}{mark}={option['default']}{choices}: {option['help']}"
+        console.print(line, markup=False, soft_wrap=True)
+    for kind, title in (("recipe", "recipe"), ("attack", "training attack")):
+        if fact.get(kind) and fact["options"]:
+            values = ", ".join(f"{option['name']}={option['default']}" for option in fact[kind])
+            console.print(f"    {title}: {values}", markup=False, soft_wrap=True)
+    console.print()

@@ -1,0 +1,125 @@
+"""What is scored is what was attacked; a row says all that a table needs."""
+
+import json
+
+import pytest
+import torch
+
+import advtune
+from advtune import evaluation, train
+from advtune.attacks import PGD
+from advtune.results import Row
+
+ATTACK = PGD(eps=4 / 255, steps=4)
+
+
+@pytest.fixture
+def tuned(vlm, task, tmp_path):
+    return train.tune(
+        "tecoa", vlm, task, epochs=30, options={"lr": 0.05, "warmup": 0, "batch_size": 6}, attack={"eps": "4/255"},
+        out=tmp_path / "run", show=False,
+    )  # fmt: skip
+
+
+def test_tuning_works(vlm, tuned, task):
+    """On colours with noise, adversarial tuning learns; zero-shot with random weights does not know."""
+    before = evaluation.evaluate(vlm, task, ATTACK, show=False)
+    after = evaluation.evaluate(tuned, task, ATTACK, show=False)
+    assert after.robust["accuracy"] > before.robust["accuracy"] + 0.3
+    assert after.robust["accuracy"] <= after.clean["accuracy"]
+
+
+def test_the_row_is_complete(tuned, task):
+    row = evaluation.evaluate(tuned, task, ATTACK, limit=10, show=False)
+    assert row.data["n"] == row.clean["n"] == row.robust["n"] == len(row.flags["clean"]) == 10
+    assert row.flags["robust"].count("1") == row.robust["correct"]
+    assert all(c == "1" for c, r in zip(row.flags["clean"], row.flags["robust"], strict=True) if r == "1")
+    assert row.attack == {
+        "name": "pgd", "eps": 4 / 255, "steps": 4, "step_size": 2 / 255, "restarts": 1, "random_start": True,
+        "keep": "best", "early_stop": True,
+    }  # fmt: skip
+    assert row.train["attack"]["eps"] == 4 / 255
+    assert (row.train["seed"], row.train["shots"], row.train["part"]) == (0, None, "train")
+    assert (row.data["part"], row.data["resolution"], row.data["template"]) == (
+        "test",
+        16,
+        "a photo of a {}.",
+    )
+    assert row.threat.startswith("white-box")
+    assert row.recipe["epochs"] == 30
+    assert len(row.backbone["sha256"]) == len(row.data["sha256"]) == 64
+    assert row.zero_gradient["n"] == 10
+    assert Row.from_json(row.to_json()) == row
+    clean = evaluation.evaluate(tuned, task, show=False)
+    assert (clean.robust, clean.attack, clean.threat) == (None, None, "")
+
+
+def test_independent_of_the_batch_size(tuned, task):
+    still = PGD(eps=4 / 255, steps=6, random_start=False)
+    rows = [evaluation.evaluate(tuned, task, still, batch_size=size, show=False) for size in (1, 5, 64)]
+    assert rows[0].flags == rows[1].flags == rows[2].flags
+
+
+def test_bf16_agrees_with_fp32(tuned, task):
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        tuned.precision = precision
+        rows[precision] = evaluation.evaluate(tuned, task, ATTACK, part="all", show=False)
+    assert rows["bf16"].precision == "bf16"
+    for kind in ("clean", "robust"):
+        one, two = (getattr(rows[p], kind) for p in ("fp32", "bf16"))
+        assert abs(one["correct"] - two["correct"]) <= 2
+
+
+def test_cross_dataset_takes_the_other_sets_words(tuned, tmp_path):
+    from conftest import write_images
+
+    other = write_images(tmp_path / "other", classes=("crimson", "azure"))
+    row = evaluation.evaluate(tuned, f"folder:{other}", show=False)
+    assert (row.data["classes"], row.train["classes"]) == (2, 3)
+    assert row.data["name"] != row.train["name"]
+
+
+def test_evaluating_on_the_training_images_is_noted(tuned, task):
+    assert evaluation.evaluate(tuned, task, show=False).notes == []
+    assert "evaluated on the images it was tuned on" in evaluation.evaluate(tuned, task, part="train", show=False).notes
+
+
+def test_an_attack_that_leaves_its_budget_is_not_scored(vlm, task):
+    class Cheat:
+        eps = 1 / 255
+
+        def __call__(self, f, x, y, loss=None):
+            return (x + 2 / 255).clamp(0, 1)
+
+    class Bright(Cheat):
+        def __call__(self, f, x, y, loss=None):
+            return x + 1 / 255
+
+    for cheat, x in ((Cheat(), torch.zeros(1, 3, 4, 4)), (Bright(), torch.ones(1, 3, 4, 4))):
+        with pytest.raises(RuntimeError, match="left its budget"):
+            evaluation.check_budget(x, cheat(None, x, None), cheat)
+
+
+def test_blind_gradients_are_counted(task):
+    images = advtune.data.load_images(task, advtune.data.Split(resolution=16), progress=False)
+    blind = evaluation.zero_gradients(
+        lambda x: (x.sum((2, 3)) * 0).round() + x.mean((2, 3)).round(), images, torch.device("cpu"), 4
+    )
+    assert blind == {"share": 1.0, "n": len(images.y)}
+    seeing = evaluation.zero_gradients(lambda x: x.square().mean((2, 3)), images, torch.device("cpu"), 4)
+    assert seeing["share"] < 0.1
+
+
+def test_evaluation_leaves_the_generator_alone(vlm, task):
+    state = torch.random.get_rng_state()
+    one = evaluation.evaluate(vlm, task, ATTACK, show=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(3)
+    assert evaluation.evaluate(vlm, task, ATTACK, show=False).flags == one.flags
+
+
+def test_rows_are_json_on_one_line(vlm, task):
+    text = evaluation.evaluate(vlm, task, show=False).to_json()
+    assert "\n" not in text
+    assert json.loads(text)["method"] == "zero-shot"

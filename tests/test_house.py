@@ -1,0 +1,98 @@
+"""The house rules that a machine can check."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "advtune"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def lines_of(node):
+    return node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_sizes_and_docstrings(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    limit = 110 if path.parent.name == "methods" else 310
+    assert text.count("\n") <= limit
+    assert ast.get_docstring(tree), "a module says what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert lines_of(node) <= 60, f"{node.name} is {lines_of(node)} lines long"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and path.name != "cli.py":
+            long = lines_of(node) > 12
+            assert not long or ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_nobody_inherits_from_a_method_or_an_attack():
+    for path in [*SOURCE.glob("methods/*.py"), *SOURCE.glob("attacks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert [ast.unparse(b) for b in node.bases] in ([], ["Protocol"]), f"{path.name}: {node.name}"
+
+
+def test_methods_cite_and_mark():
+    from advtune.methods import METHODS
+    from advtune.options import describe
+
+    marked = {name: {o["name"] for o in describe(kind) if o["reconstructed"]} for name, kind in METHODS.items()}
+    for kind in METHODS.values():
+        assert kind.paper in (kind.__doc__ or "")
+    assert {"weight", "lam", "prompt_length", "depth", "coupling", "ce", "direction"} <= marked["capt"]
+    assert {"teacher", "feedback", "temperature", "ce"} <= marked["apd"]
+    assert not marked["tecoa"]
+    assert not marked["pmg-aft"]
+
+
+def test_no_unsafe_load_and_no_machine_paths():
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    checked = 0
+    for name in tracked:
+        path = ROOT / name
+        if (
+            path.suffix in (".py", ".md", ".toml", ".json", ".txt", ".sh")
+            and path.is_file()
+            and path.name != "tokenizer.json"
+        ):
+            text = path.read_text()
+            checked += 1
+            assert str(ROOT.parent) + "/" not in text, f"{name} holds a path of this machine"
+            if path.suffix == ".py" and path != Path(__file__):
+                for call in re.findall(r"torch\.load\([^\n]*", text):
+                    assert "weights_only=True" in call, name
+    assert checked > 30
+
+
+def test_the_readme_tree_is_true():
+    readme = (ROOT / "README.md").read_text()
+    for path in SOURCE.iterdir():
+        if path.name not in ("__pycache__", "__init__.py", "py.typed"):
+            assert path.name in readme, f"README's tree lacks {path.name}"
+
+
+def test_the_public_names():
+    import advtune
+
+    assert set(advtune.__all__) == {
+        "ATTACKS", "METHODS", "PGD", "Row", "UserError", "VLM", "evaluate", "load", "load_task", "tune", "__version__",
+    }  # fmt: skip
+    for name in advtune.__all__:
+        assert getattr(advtune, name)
+
+
+def test_the_version_is_one():
+    import tomllib
+
+    import advtune
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == advtune.__version__
