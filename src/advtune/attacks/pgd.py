@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advtune.losses import cross_entropy
-from advtune.options import option
+from advtune.options import check, option
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class PGD:
     random_start: bool = option(True, "start from a uniform point of the ball")
     keep: str = option("best", "the iterate to return; best costs one more forward", choices=("best", "last"))
     early_stop: bool = option(True, "images that are fooled leave the batch (exact for accuracy)")
+
+    def __post_init__(self) -> None:
+        check(self, "attack pgd")
 
     @property
     def step(self) -> float:

@@ -1,0 +1,78 @@
+"""Ablation of every reconstructed choice of CAPT and APD on the embedded backbone.
+
+Command:  ADVTUNE_DATA=../shared/data python recipes/ablations.py --out runs/ablations
+Hardware: two CPU cores, about 30 minutes; minutes on an accelerator. Resumable: call it again.
+Reads:    cifar10 and caltech101. Tunes on the `fit` part of the training images (16 shots; caltech101 has 12 a
+          class there) and scores on their `val` part: test images are not touched, defaults are chosen here.
+Obtained: docs/log.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grid import Cell, work
+
+from advtune.attacks import PGD
+
+ATTACK = PGD(eps=1 / 255, steps=10)
+SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 6, "caltech101": 1}
+CAPT = {
+    "base": {},
+    "direction=adversarial-first": {"direction": "adversarial-first"},
+    "weight=constant": {"weight": "constant"},
+    "weight=loss": {"weight": "loss"},
+    "ce=adversarial": {"ce": "adversarial"},
+    "ce=both": {"ce": "both"},
+    "lam=0,ce=adversarial": {"lam": 0.0, "ce": "adversarial"},
+    "lam=3": {"lam": 3.0},
+    "depth=1": {"depth": 1},
+    "length=4": {"prompt_length": 4},
+}
+APD = {
+    "base": {},
+    "teacher=offline": {"teacher": "offline"},
+    "teacher=frozen": {"teacher": "frozen"},
+    "feedback=0.5": {"feedback": 0.5},
+    "ce=1": {"ce": 1.0},
+    "distil=0,ce=1": {"distil": 0.0, "ce": 1.0},
+}
+RATES = (0.002, 0.01, 0.05)
+
+
+def cell(method: str, label: str, options: dict, data: str, seed: int, rate: float) -> Cell:
+    return Cell(
+        name=f"{data}/{method}/{label}/lr{rate:g}/seed{seed}",
+        method=method, data=data, evaluate=(data,), shots=SHOTS[data], seed=seed, epochs=EPOCHS[data],
+        options={**options, "lr": rate}, attacks=(ATTACK,), part="fit", eval_part="val", limit=200,
+    )  # fmt: skip
+
+
+def cells(stage: str, rate: float, data: list[str], seeds: int) -> list[Cell]:
+    """The learning rates first, one seed; then, at the rate chosen, each choice with its alternatives."""
+    if stage == "rates":
+        return [cell(m, "base", {}, d, 0, r) for d in data for m in ("capt", "apd") for r in RATES]
+    return [
+        cell(method, label, options, d, seed, rate)
+        for d in data
+        for seed in range(seeds)
+        for method, table in (("capt", CAPT), ("apd", APD))
+        for label, options in table.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("rates", "choices"), default="choices")
+    parser.add_argument("--rate", type=float, default=0.01, help="learning rate of the stage `choices`")
+    parser.add_argument("--data", nargs="+", default=["cifar10", "caltech101"], choices=list(SHOTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--backbone", default="mini")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    args = parser.parse_args()
+    work(cells(args.stage, args.rate, args.data, args.seeds), args.backbone, args.out)
+
+
+if __name__ == "__main__":
+    main()
