@@ -12,6 +12,8 @@ Obtained: docs/log.md. The backbone is a stand-in; these are not numbers of CLIP
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +38,35 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def few_shot(labels: list[str], sets: list[str], shots: list[int], seeds: int, eps: list[int], epochs: int, steps: int, limit: int | None) -> list[Cell]:
+def few_shot(
+    labels: list[str], sets: list[str], shots: list[int], seeds: int, eps: list[int], epochs: int, **how: Any
+) -> list[Cell]:
+    """Every method at every number of shots, tuned and attacked at the same eps."""
     found = []
-    for data in sets:
-        for n in eps:
-            attack = PGD(eps=n / 255, steps=steps)
-            for label in labels:
-                method, options = METHODS[label]
-                grid = [(k, s) for k in shots for s in range(seeds)] if method != "zero-shot" else [(0, 0)]
-                found += [
-                    Cell(
-                        name=f"few-shot/{data}/eps{n}/{label}/shots{k}/seed{s}",
-                        method=method, data=data, evaluate=(data,), shots=k, seed=s, epochs=epochs, options=options,
-                        train_attack={"eps": n / 255, "step_size": None}, attacks=(attack,), limit=limit,
-                    )  # fmt: skip
-                    for k, s in grid
-                ]
+    for data, n, label in product(sets, eps, labels):
+        method, options = METHODS[label]
+        for k, seed in product(shots, range(seeds)) if method != "zero-shot" else [(None, 0)]:
+            name = f"few-shot/{data}/eps{n}/{label}/shots{k}/seed{seed}"
+            cell = Cell(name, method, data, (data,), k, seed, epochs, options, {"eps": n / 255, "step_size": None})
+            found.append(attacked(cell, n, **how))
     return found
 
 
-def transfer(labels: list[str], images: int | None, epochs: int, steps: int, limit: int | None) -> list[Cell]:
+def transfer(labels: list[str], images: int | None, epochs: int, **how: Any) -> list[Cell]:
+    """Tuned on tinyimagenet, evaluated on other sets without any tuning."""
     return [
-        Cell(
-            name=f"transfer/{label}", method=METHODS[label][0], data="tinyimagenet", evaluate=TRANSFER,
-            epochs=epochs, options=METHODS[label][1], attacks=(PGD(eps=1 / 255, steps=steps),),
-            limit=limit, train_limit=images,
-        )  # fmt: skip
+        attacked(
+            Cell(
+                f"transfer/{label}", METHODS[label][0], "tinyimagenet", TRANSFER,
+                epochs=epochs, options=METHODS[label][1], train_limit=images,
+            ), 1, **how,
+        )
         for label in labels
-    ]
+    ]  # fmt: skip
+
+
+def attacked(cell: Cell, eps: int, steps: int, limit: int | None) -> Cell:
+    return replace(cell, attacks=(PGD(eps=eps / 255, steps=steps),), limit=limit)
 
 
 def main() -> None:

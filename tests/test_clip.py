@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import naive
+from advtune import clip as clip_module
 from advtune.clip import CLIP
 from advtune.preprocess import Preprocess, from_config
 from advtune.pretrained import EMBEDDED, read_pretrained, to_huggingface
@@ -105,6 +106,21 @@ def test_text_cut_equals_whole_context(vlm):
     mine = torch.autograd.grad(ours.square().sum(), embed)[0]
     other = torch.autograd.grad(theirs.square().sum(), tensors["text_model.embeddings.token_embedding.weight"])[0]
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_written_out_attention_equals_the_fused_kernel(dtype, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    shape = (2, 3, 17, 8)
+    q, k, v, weight = (torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for _ in range(4))
+    found = []
+    for short in (300, 0):
+        monkeypatch.setattr(clip_module, "SHORT", short)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = clip_module.attend(*leaves, causal=False)
+        found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    for ours, fused in zip(*found, strict=True):
+        torch.testing.assert_close(ours, fused, rtol=0, atol=1e-12 if dtype == torch.float64 else 6e-2)
 
 
 def test_a_text_without_end_is_refused(vlm):

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Advance = Callable[..., None]
 QUIET_SECONDS = 10  # between two plain lines
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str = "step", show: bool = True) -> Iterator[Advance]:
-    """Yields advance(n=1, note=""). Goes to stderr, so that stdout stays what was asked for."""
+def progress(label: str, total: int, unit: str = "step", show: bool = True, brief: bool = False) -> Iterator[Advance]:
+    """Yields advance(n=1, note=""). Goes to stderr, so that stdout stays what was asked for. `brief` leaves no
+    trace of what is over at once."""
     if not show or total == 0:
         yield lambda n=1, note="": None
     elif sys.stderr.isatty():
-        with _bar(label, total, unit) as advance:
+        with _bar(label, total, unit, brief) as advance:
             yield advance
     else:
-        yield _lines(label, total, unit)
+        yield _lines(label, total, unit, brief)
 
 
 @contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(label: str, total: int, unit: str, brief: bool) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -36,7 +40,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=brief) as bar:
         task = bar.add_task(label, total=total, rate="", note="")
         begin = time.monotonic()
 
@@ -48,18 +52,30 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(label: str, total: int, unit: str) -> Advance:
-    state = {"done": 0, "begin": time.monotonic(), "said": time.monotonic()}
+def _lines(label: str, total: int, unit: str, brief: bool) -> Advance:
+    done, begin = 0, time.monotonic()
+    said = begin
 
     def advance(n: int = 1, note: str = "") -> None:
-        state["done"] += n
-        now, done = time.monotonic(), int(state["done"])
-        if now - state["said"] < QUIET_SECONDS and done < total:
+        nonlocal done, said
+        now, done = time.monotonic(), done + n
+        if now - said < QUIET_SECONDS and (brief or done < total):
             return
-        state["said"] = now
-        rate = done / max(1e-9, now - state["begin"])
+        said = now
+        rate = done / max(1e-9, now - begin)
         left = (total - done) / max(1e-9, rate)
         text = f"{label}: {done}/{total} {unit}s, {rate:.1f} {unit}/s, {left:.0f} s left  {note}"
         print(text.rstrip(), file=sys.stderr, flush=True)
 
     return advance
+
+
+def track(
+    items: Iterable[T], label: str, *, total: int | None = None, unit: str = "image", show: bool = True
+) -> Iterator[T]:
+    """Yield the items, showing progress; nothing is left on the screen of what is done at once."""
+    total = len(items) if total is None else total  # type: ignore[arg-type]
+    with progress(label, total, unit, show, brief=True) as advance:
+        for item in items:
+            yield item
+            advance()

@@ -4,11 +4,8 @@ import hashlib
 import io
 import json
 import os
-import sys
 import threading
-import time
 import warnings
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from advtune.data.fewshot import Split, select
 from advtune.data.sources import Part
 from advtune.data.task import Task
 from advtune.errors import UserError
+from advtune.progress import track
 
 DECODER = f"1, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
 _warned: set[str] = set()
@@ -54,7 +52,7 @@ def load_images(task: Task, split: Split, *, cache: Path | None = None, progress
     Raises UserError if the part cannot be had, a class has too few images, or an image cannot be decoded
     (with on_bad="fail"; with "skip" it is named in `skipped`).
     """
-    records = select(task, split, partial(track, what="reading", show=progress))
+    records = select(task, split, partial(track, label="reading", show=progress))
     hashes, y = records.hashes(), torch.tensor(records.labels, dtype=torch.int64)
     file = (cache or cache_dir()) / f"{cache_key(hashes, split.resolution)}.safetensors"
     stored = _load(file, len(records))
@@ -137,7 +135,7 @@ def decode_all(
             x[i] = pixels
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in track(pool.map(one, range(n)), what="decoding", show=progress, total=n):
+        for _ in track(pool.map(one, range(n)), "decoding", total=n, show=progress):
             pass
     if failed and x is not None:
         (i, (_, h, w)), (_, _, height, width) = min(failed.items()), x.shape
@@ -184,20 +182,3 @@ def _save(file: Path, x: torch.Tensor, good: torch.Tensor) -> None:
             _warned.add(str(file.parent))
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             warnings.warn(f"images are not cached: {file.parent}: {reason}; set ADVTUNE_CACHE", stacklevel=3)
-
-
-def track(items: Iterable[T], *, what: str, show: bool, total: int | None = None) -> Iterator[T]:
-    """Yield `items`, showing progress on stderr: a bar on a terminal, else a line every ten seconds."""
-    total = len(items) if total is None else total  # type: ignore[arg-type]
-    if show and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track as bar
-
-        yield from bar(items, what, total, console=Console(stderr=True), transient=True)
-        return
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        if show and time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"{what} images: {done} of {total}", file=sys.stderr)
-        yield item
