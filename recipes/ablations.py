@@ -17,7 +17,7 @@ from grid import Cell, work
 from advtune.attacks import PGD
 
 ATTACK = PGD(eps=1 / 255, steps=10)
-SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 6, "caltech101": 1}
+SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 5, "caltech101": 1}
 CAPT = {
     "base": {},
     "direction=adversarial-first": {"direction": "adversarial-first"},
@@ -25,32 +25,40 @@ CAPT = {
     "weight=loss": {"weight": "loss"},
     "ce=adversarial": {"ce": "adversarial"},
     "ce=both": {"ce": "both"},
-    "lam=0,ce=adversarial": {"lam": 0.0, "ce": "adversarial"},
-    "lam=3": {"lam": 3.0},
     "depth=1": {"depth": 1},
     "length=4": {"prompt_length": 4},
+    "plain: lam=0 ce=adversarial": {"lam": 0.0, "ce": "adversarial"},
 }
 APD = {
     "base": {},
     "teacher=offline": {"teacher": "offline"},
     "teacher=frozen": {"teacher": "frozen"},
-    "feedback=0.5": {"feedback": 0.5},
-    "ce=1": {"ce": 1.0},
-    "distil=0,ce=1": {"distil": 0.0, "ce": 1.0},
+    "plain: distil=0 ce=1": {"teacher": "frozen", "distil": 0.0, "ce": 1.0},
 }
 RATES = (0.002, 0.01, 0.05)
+TOWER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def cell(method: str, label: str, options: dict, data: str, seed: int, rate: float) -> Cell:
+    slug = label.replace(":", "").replace(" ", "_")
     return Cell(
-        name=f"{data}/{method}/{label}/lr{rate:g}/seed{seed}",
-        method=method, data=data, evaluate=(data,), shots=SHOTS[data], seed=seed, epochs=EPOCHS[data],
-        options={**options, "lr": rate}, attacks=(ATTACK,), part="fit", eval_part="val", limit=200,
+        f"choices/{data}/{method}/{slug}/lr{rate:g}/seed{seed}", method, data, (data,), SHOTS[data], seed, EPOCHS[data],
+        {**options, "lr": rate}, attacks=(ATTACK,), part="fit", eval_part="val", limit=200,
+    )  # fmt: skip
+
+
+def tower(rate: float) -> Cell:
+    return Cell(
+        f"towers/tecoa/lr{rate:g}", "tecoa", "tinyimagenet", ("tinyimagenet",), epochs=1,
+        options={"lr": rate, "batch_size": 64}, attacks=(ATTACK,), part="fit", eval_part="val",
+        limit=200, train_limit=2000,
     )  # fmt: skip
 
 
 def cells(stage: str, rate: float, data: list[str], seeds: int) -> list[Cell]:
-    """The learning rates first, one seed; then, at the rate chosen, each choice with its alternatives."""
+    """Learning rates first, one seed; then, at the rate chosen, each choice with its alternatives."""
+    if stage == "towers":
+        return [tower(rate) for rate in TOWER_RATES]
     if stage == "rates":
         return [cell(m, "base", {}, d, 0, r) for d in data for m in ("capt", "apd") for r in RATES]
     return [
@@ -64,7 +72,7 @@ def cells(stage: str, rate: float, data: list[str], seeds: int) -> list[Cell]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("rates", "choices"), default="choices")
+    parser.add_argument("--stage", choices=("towers", "rates", "choices"), default="choices")
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate of the stage `choices`")
     parser.add_argument("--data", nargs="+", default=["cifar10", "caltech101"], choices=list(SHOTS))
     parser.add_argument("--seeds", type=int, default=3)

@@ -8,6 +8,7 @@ import torch
 
 from advtune.attacks import PGD
 from advtune.attacks.pgd import gradient
+from advtune.errors import UserError
 from advtune.losses import cross_entropy
 
 EPS = 8 / 255
@@ -186,6 +187,12 @@ def test_any_loss_can_be_raised(model):
 def test_the_default_step_is_the_papers(steps, expected):
     assert PGD(eps=EPS, steps=steps).step == pytest.approx(expected * EPS)
     assert PGD(eps=EPS, steps=steps, step_size=0.01).step == 0.01
+
+
+def test_budgets_that_do_nothing_are_refused():
+    for wrong in (dict(step_size=0.0), dict(restarts=2, random_start=False), dict(steps=0), dict(eps=4), dict(eps=1.0)):
+        with pytest.raises(UserError):
+            PGD(**wrong)
 
 
 def test_training_attack_costs_a_forward_and_a_backward_a_step(model):

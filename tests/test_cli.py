@@ -140,6 +140,10 @@ REFUSED = {
     "not tuned": (["evaluate", "capt"], "advtune train capt"),
     "resolution": (["evaluate", "zero-shot", "--resolution", "big"], "--resolution"),
     "duplicate classes": (["evaluate", "zero-shot", "--classes", "a,b,A"], "one text"),
+    "no batch": (["evaluate", "zero-shot", "--batch-size", "0"], "batch size 0"),
+    "device": (["evaluate", "zero-shot", "--device", "foo"], "--device cpu"),
+    "seed": (["train", "capt", "--seed", "99999999999", "--out", "OUT"], "seed"),
+    "no name": (["train", "capt", "--out", "."], "name"),
     "unknown flag": (["evaluate", "zero-shot", "--nonsense"], "--nonsense"),
 }
 
@@ -213,7 +217,14 @@ def test_not_finite(base, tmp_path, capsys):
     line = failure(arguments, capsys)
     assert "at step" in line
     assert "'ce'" in line
-    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.glob("run*")) == []
+
+
+def test_out_in_a_wrong_place_is_one_line(base, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    train = ["train", "capt", *base, "--shots", "1", "--epochs", "1", "--out", tmp_path / "file" / "run"]
+    assert "file" in failure(train, capsys)
+    assert "is a file" in failure(["evaluate", "zero-shot", *base, "--out", tmp_path / "file"], capsys)
 
 
 def test_progress_lines_do_not_touch_stdout(run, base, capsys):

@@ -10,8 +10,9 @@ from PIL import Image
 import naive
 from advtune import clip as clip_module
 from advtune.clip import CLIP
+from advtune.huggingface import to_huggingface
 from advtune.preprocess import Preprocess, from_config
-from advtune.pretrained import EMBEDDED, read_pretrained, to_huggingface
+from advtune.pretrained import EMBEDDED, read_pretrained
 from conftest import write_clip
 
 SHARED = Path(__file__).parents[2] / "shared" / "backbones" / "lit-s14-112"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from advtune.attacks import PGD
+from advtune.errors import UserError
 from advtune.methods import METHODS, configure
 from advtune.train import tune
 from advtune.vlm import Batch
@@ -104,10 +105,19 @@ def test_pmg_aft_released():
 
 def test_pmg_aft_released_normalises_with_imagenet(vlm):
     for preset, mean in (("paper", 0.4), ("released", 0.485)):
-        method, _, _ = configure("pmg-aft", {"preset": preset})
-        models = method.setup(vlm, "a {}", 0)
-        assert models["student"].clip.config.preprocess.mean[0] == mean
-        assert models["frozen"].clip.config.preprocess.mean[0] == 0.4
+        models = configure("pmg-aft", {"preset": preset})[0].setup(vlm, "a {}", 0)
+        assert all(model.clip.config.preprocess.mean[0] == mean for model in models.values())
+    assert vlm.clip.config.preprocess.mean[0] == 0.4
+
+
+def test_presets():
+    paper, released = (configure("pmg-aft", [f"preset={name}"])[0] for name in ("paper", "released"))
+    assert paper == METHODS["pmg-aft"]()
+    assert (released.scale, released.statistics, released.reduction) == ("cosine", "imagenet", "sum")
+    assert configure("pmg-aft", ["scale=clip", "preset=released"])[0].scale == "clip"  # an option beats the preset
+    for name, preset in (("pmg-aft", "wrong"), ("capt", "paper")):
+        with pytest.raises(UserError, match="preset"):
+            configure(name, [f"preset={preset}"])
 
 
 @pytest.mark.parametrize("direction", ["target-first", "adversarial-first"])
@@ -179,6 +189,22 @@ def test_apd_online(temperature):
         assert gradients(live[name], s.adversarial, t.clean) == [True, False]
     for name in ("teacher_ce", "feedback"):  # the teacher's
         assert gradients(live[name], s.adversarial, t.clean) == [False, True]
+
+
+def test_nothing_to_learn_is_refused():
+    with pytest.raises(UserError, match="nothing to learn"):
+        METHODS["apd"](distil=0.0, ce=0.0)
+    with pytest.raises(UserError, match="lam"):
+        METHODS["capt"](lam=-1.0)
+
+
+def test_capt_weight_by_loss_survives_perfect_answers():
+    s, f0 = Fake(0), Fake(1)
+    with torch.no_grad():
+        for fake in (s, f0):
+            fake.clean.copy_(200 * torch.nn.functional.one_hot(torch.tensor(Y), C))
+    found, _ = terms(configure("capt", {"weight": "loss"})[0], {"student": s, "frozen": f0})
+    assert all(np.isfinite(value) for value in found.values())
 
 
 def test_apd_offline_and_frozen():

@@ -26,7 +26,8 @@ def test_tuning_works(vlm, tuned, task):
     before = evaluation.evaluate(vlm, task, ATTACK, show=False)
     after = evaluation.evaluate(tuned, task, ATTACK, show=False)
     assert after.robust["accuracy"] > before.robust["accuracy"] + 0.3
-    assert after.robust["accuracy"] <= after.clean["accuracy"]
+    broken = evaluation.evaluate(tuned, task, PGD(eps=64 / 255, steps=9), show=False)
+    assert broken.robust["accuracy"] < after.robust["accuracy"] - 0.3
 
 
 def test_the_row_is_complete(tuned, task):
@@ -36,7 +37,7 @@ def test_the_row_is_complete(tuned, task):
     assert all(c == "1" for c, r in zip(row.flags["clean"], row.flags["robust"], strict=True) if r == "1")
     assert row.attack == {
         "name": "pgd", "eps": 4 / 255, "steps": 4, "step_size": 2 / 255, "restarts": 1, "random_start": True,
-        "keep": "best", "early_stop": True,
+        "keep": "best", "early_stop": True, "seed": 0,
     }  # fmt: skip
     assert row.train["attack"]["eps"] == 4 / 255
     assert (row.train["seed"], row.train["shots"], row.train["part"]) == (0, None, "train")
@@ -82,7 +83,28 @@ def test_cross_dataset_takes_the_other_sets_words(tuned, tmp_path):
 
 def test_evaluating_on_the_training_images_is_noted(tuned, task):
     assert evaluation.evaluate(tuned, task, show=False).notes == []
-    assert "evaluated on the images it was tuned on" in evaluation.evaluate(tuned, task, part="train", show=False).notes
+    for part, note in (("train", "18 of the 18 images were tuned on"), ("all", "18 of the 30 images were tuned on")):
+        assert note in evaluation.evaluate(tuned, task, part=part, show=False).notes
+    val = evaluation.evaluate(tuned, task, part="val", show=False)
+    assert f"{val.data['n']} of the {val.data['n']} images were tuned on" in val.notes
+
+
+def test_a_run_keeps_its_words_on_its_own_data(vlm, image_folder):
+    spec = f"folder:{image_folder}"
+    own = advtune.load_task(spec, classes="sapphire,emerald,ruby", template="art of {}")
+    model = train.tune("capt", vlm, own, shots=1, epochs=1, show=False)
+    same = evaluation.task_for(model, spec)
+    assert (same.classes, same.template) == (own.classes, own.template)
+    assert evaluation.task_for(model, spec, template="a {}").template == "a {}"
+    assert evaluation.task_for(vlm, spec).template == "a photo of a {}."
+
+
+def test_a_diverged_model_is_not_scored(vlm, task):
+    broken = vlm.with_image_tower()
+    with torch.no_grad():
+        broken.clip.image.position.fill_(torch.nan)
+    with pytest.raises(advtune.UserError, match="not finite"):
+        evaluation.evaluate(broken, task, ATTACK, show=False)
 
 
 def test_an_attack_that_leaves_its_budget_is_not_scored(vlm, task):

@@ -85,6 +85,12 @@ def test_truncated_and_missing_files(folder):
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not a pickle")
     with pytest.raises(UserError, match="truncated or damaged"):
         read_pretrained(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    for heads in ("many", 5):
+        config["vision_config"]["num_attention_heads"] = heads
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="makes no sense"):
+            read_pretrained(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_pretrained(str(folder))
@@ -157,6 +163,17 @@ def test_the_fingerprint_is_of_content(folder, tmp_path):
     before = read_pretrained(str(folder)).sha256
     other = shutil.copytree(folder, tmp_path / "renamed")
     assert read_pretrained(str(other)).sha256 == before
+    preprocessor = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps({**preprocessor, "image_mean": [0.5, 0.5, 0.5]}))
+    assert read_pretrained(str(other)).sha256 != before
+    other = shutil.copytree(folder, tmp_path / "again")
     change(other, lambda t: t["logit_scale"].add_(1))
     assert read_pretrained(str(other)).sha256 != before
     assert fingerprint([]) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_damaged_tokenizer_is_one_line(folder):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_pretrained(str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"advtune: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        print(f"advtune: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("advtune: interrupted; a training run goes on with --resume", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     return 0
 
 
@@ -139,9 +143,10 @@ def _demo(verbs: Any) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    from advtune import checkpoint
     from advtune import train as training
 
-    training.claim(Path(args.out), args.resume, args.overwrite)
+    checkpoint.claim(Path(args.out), args.resume, args.overwrite)
     training.configure(args.method, args.options, args.attack_options)
     backbone, task, how = _opened(args, args.backbone or "mini")
     training.tune(
@@ -149,7 +154,8 @@ def train(args: argparse.Namespace) -> None:
         options=args.options, attack=args.attack_options, out=args.out,
         resume=args.resume, overwrite=args.overwrite, **how,
     )  # fmt: skip
-    follow = f"advtune evaluate {args.out} --data {args.data} --attack pgd -a eps=1/255 -a steps=100"
+    follow = shlex.join(["advtune", "evaluate", args.out, "--data", args.data, "--attack", "pgd"])
+    follow += " -a eps=1/255 -a steps=100"
     print(f"{args.out}: tuned; next: {follow}")
 
 
@@ -176,11 +182,14 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("--backbone goes with zero-shot; a run folder knows its own")
     elif not runs.is_run(name):
         raise UserError(f"{name}: not a finished run folder (config.json and delta.safetensors), and not zero-shot")
-    model, task, how = _opened(args, name)
-    row = run(model, task, attack, batch_size=args.batch_size, seed=args.seed, **how)
     out = Path(args.out) if args.out else (Path(args.model) if args.model != "zero-shot" else None)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give --out a folder")
+    model, task, how = _opened(args, name)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    row = run(model, task, attack, batch_size=args.batch_size, seed=args.seed, **how)
+    if out is not None:
         results.append(out / runs.RESULTS, row)
     print(row.to_json() if args.json else sentence(row))
 
@@ -188,7 +197,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, Any]]:
     """The model, the task and the keyword arguments that tune and evaluate share."""
     from advtune import runs
-    from advtune.data import load_task
+    from advtune.evaluation import task_for
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: at least 1 image is needed")
@@ -197,8 +206,8 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
         if not resolution.isdecimal() or int(resolution) < 1:
             raise UserError(f"--resolution {resolution!r} is neither a number of pixels nor native")
         resolution = int(resolution)
-    task = load_task(args.data, classes=args.classes, template=args.template)
     model = runs.load(name, args.device, args.precision)
+    task = task_for(model, args.data, args.classes, args.template)
     return (
         model,
         task,

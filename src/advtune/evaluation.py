@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from advtune import runs
 from advtune.attacks import ATTACKS, Attack
 from advtune.attacks.pgd import gradient
 from advtune.data import Images, Split, Task, load_images, load_task
+from advtune.errors import UserError
 from advtune.losses import cross_entropy
 from advtune.options import as_options
 from advtune.progress import progress
 from advtune.results import Row, accuracy, flag_text
+from advtune.train import check_seed
 from advtune.vlm import VLM
 
 WHITE_BOX = "white-box: the attacked function is the scored one"
@@ -44,8 +47,11 @@ def evaluate(
     bad input.
     """
     begin = time.monotonic()
+    check_seed(seed)
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: at least 1 image is needed")
     model = runs.load(model) if isinstance(model, str) else model
-    task = load_task(data) if isinstance(data, str) else data
+    task = task_for(model, data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
     split = Split(part=part, limit=limit, resolution=side, on_bad=on_bad)
     images = load_images(task, split, progress=show)
@@ -57,7 +63,17 @@ def evaluate(
     if attack is not None:
         robust = withstand(f, images, clean, attack, batch_size, model.device, seed, show)
         zero = zero_gradients(f, images, model.device, batch_size)
-    return row(model, task, split, images, attack, clean, robust, zero, batch_size, time.monotonic() - begin)
+    facts = None if attack is None else {**attack_facts(attack), "seed": seed}
+    return row(model, task, split, images, facts, clean, robust, zero, batch_size, time.monotonic() - begin)
+
+
+def task_for(model: VLM, data: str, classes: str | None = None, template: str | None = None) -> Task:
+    """The task of a data spec, with the words that the model was tuned with when it was tuned on this data and
+    no others are given."""
+    train = model.run.get("train", {})
+    if train.get("spec") != data:
+        return load_task(data, classes=classes, template=template)
+    return load_task(data, classes=classes or train["classes"], template=template or train["template"])
 
 
 def predict(f: Callable[[Tensor], Tensor], images: Images, size: int, device: torch.device, show: bool) -> Tensor:
@@ -65,7 +81,10 @@ def predict(f: Callable[[Tensor], Tensor], images: Images, size: int, device: to
     found = []
     with progress("clean", len(images.y), "image", show) as advance, torch.no_grad():
         for x in images.x.split(size):
-            found.append(f(x.to(device).float() / 255).argmax(1).cpu())
+            logits = f(x.to(device).float() / 255)
+            if not bool(logits.isfinite().all()):
+                raise UserError("the model's logits are not finite; it diverged in tuning, or its weights are damaged")
+            found.append(logits.argmax(1).cpu())
             advance(len(x))
     return torch.cat(found)
 
@@ -107,7 +126,7 @@ def zero_gradients(f: Callable[[Tensor], Tensor], images: Images, device: torch.
 
 
 def row(
-    model: VLM, task: Task, split: Split, images: Images, attack: Attack | None,
+    model: VLM, task: Task, split: Split, images: Images, attack: dict[str, Any] | None,
     clean: Tensor, robust: Tensor | None, zero: dict[str, float] | None, size: int, seconds: float,
 ) -> Row:  # fmt: skip
     """Everything a table needs of one evaluation."""
@@ -115,8 +134,9 @@ def row(
     texts = hashlib.sha256("\n".join(task.texts()).encode()).hexdigest()
     train = run and {**run["train"], "classes": len(run["train"]["classes"]), "attack": run["attack"]}
     notes = list(run.get("notes", []))
-    if run and run["train"]["sha256"] == images.sha256:
-        notes.append("evaluated on the images it was tuned on")
+    known = sum(sha in model.seen for sha in runs.short(images.hashes))
+    if known:
+        notes.append(f"{known} of the {len(images.y)} images were tuned on")
     return Row(
         run=run.get("folder", ""),
         method=run.get("method", "zero-shot"),
@@ -136,7 +156,7 @@ def row(
             "texts_sha256": texts,
             "skipped": images.skipped,
         },
-        attack=None if attack is None else attack_facts(attack),
+        attack=attack,
         threat=WHITE_BOX if attack else "",
         clean=accuracy(clean.tolist()),
         robust=None if robust is None else accuracy(robust.tolist()),
@@ -151,7 +171,7 @@ def row(
     )
 
 
-def attack_facts(attack: Attack) -> dict[str, object]:
+def attack_facts(attack: Attack) -> dict[str, Any]:
     """The attack's name and budget, with the step length that was really used."""
     name = next((name for name, kind in ATTACKS.items() if type(attack) is kind), type(attack).__name__)
     facts = {"name": name, **as_options(attack)}

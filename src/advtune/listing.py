@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from advtune.options import describe
@@ -28,7 +29,7 @@ def _methods() -> list[dict[str, Any]]:
             "about": (kind.__doc__ or "").strip().splitlines()[0],
             "paper": kind.paper,
             "trains": kind.trains,
-            "presets": list(kind.presets),
+            "presets": {name: dict(fields) for name, fields in kind.presets.items()},
             "options": describe(kind),
             "recipe": describe(kind.recipe),
             "attack": describe(kind.attack),
@@ -71,7 +72,10 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
     if what == "data":
         for fact in facts:
             where = "embedded" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
-            console.print(f"[bold]{fact['name']}[/]  {fact['title']}, {len(fact['classes'])} classes, from {where}")
+            console.print(
+                f"[bold]{fact['name']}[/]  {fact['title']}, {len(fact['classes'])} classes, from {where}",
+                soft_wrap=True,
+            )
     elif what == "backbones":
         for fact in facts:
             console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})")
@@ -85,14 +89,27 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
 def _show_options(console: Any, fact: dict[str, Any]) -> None:
     trains = f"  (trains {fact['trains']})" if "trains" in fact else ""
     console.print(f"[bold]{fact['name']}[/]{trains}", markup=True)
-    console.print(f"  {fact['about']}", markup=False)
+    console.print(f"  {fact['about']}", markup=False, soft_wrap=True)
+    for preset, fields in fact.get("presets", {}).items():
+        values = ", ".join(f"{key}={value}" for key, value in fields.items()) or "the defaults below"
+        console.print(f"    -o preset={preset}: {values}", markup=False, soft_wrap=True)
     for option in fact["options"]:
         mark = "†" if option["reconstructed"] else ""
         choices = f" ({' | '.join(map(str, option['choices']))})" if option["choices"] else ""
-        line = f"    {option['name']}{mark}={option['default']}{choices}: {option['help']}"
+        default = shown(option["name"], option["default"])
+        line = f"    {option['name']}{mark}={default}{choices}: {option['help']}"
         console.print(line, markup=False, soft_wrap=True)
     for kind, title in (("recipe", "recipe"), ("attack", "training attack")):
         if fact.get(kind) and fact["options"]:
-            values = ", ".join(f"{option['name']}={option['default']}" for option in fact[kind])
+            values = ", ".join(f"{option['name']}={shown(option['name'], option['default'])}" for option in fact[kind])
             console.print(f"    {title}: {values}", markup=False, soft_wrap=True)
     console.print()
+
+
+def shown(name: str, value: Any) -> str:
+    """A default as a user would write it: 1/255, true, none."""
+    if name == "eps":
+        return str(Fraction(value).limit_denominator(2040))
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -17,20 +17,21 @@ from torch import Tensor
 
 from advtune.clip import ACTIVATIONS, CLIP, ClipConfig, TowerConfig
 from advtune.errors import UserError
+from advtune.huggingface import fill, to_huggingface
 from advtune.preprocess import Preprocess, from_config
 from advtune.tokenizer import Tokenizer, load_tokenizer
 
 EMBEDDED = {"mini": Path(__file__).parent / "assets" / "mini"}
 SMALL_FILES = ["*.json", "merges.txt"]
-BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
+DECISIVE = {"config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"}
 TEXT_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
 IMAGE_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A dual encoder, its tokenizer and where both came from. `sha256` is of the weight files' bytes and the
-    configuration, so it names the content whatever the folder is called."""
+    """A dual encoder, its tokenizer and where both came from. `sha256` is of the bytes of weights,
+    configuration and tokenizer, so it names the content whatever the folder is called."""
 
     clip: CLIP
     tokenizer: Tokenizer
@@ -56,7 +57,7 @@ def read_pretrained(name: str) -> Pretrained:
         clip.eval().requires_grad_(False),
         load_tokenizer(folder, config),
         name,
-        fingerprint([folder / "config.json", *files]),
+        fingerprint([*sorted(p for p in folder.iterdir() if p.name in DECISIVE), *files]),
         notice,
     )
 
@@ -94,7 +95,16 @@ def download(repo: str) -> Path:
 
 
 def read_config(folder: Path) -> ClipConfig:
-    """config.json and preprocessor_config.json of a CLIP folder."""
+    """config.json and preprocessor_config.json of a CLIP folder. Raises UserError when they make no sense."""
+    try:
+        return _config(folder)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: config.json or preprocessor_config.json makes no sense ({error})") from None
+
+
+def _config(folder: Path) -> ClipConfig:
     raw = _json(folder / "config.json")
     if raw.get("model_type") != "clip":
         raise UserError(f"{folder}: config.json has model_type {raw.get('model_type')!r}; only 'clip' is known")
@@ -123,6 +133,8 @@ def _tower(raw: Mapping[str, Any]) -> TowerConfig:
     activation = raw.get("hidden_act", "quick_gelu")
     if activation not in ACTIVATIONS:
         raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if int(raw["hidden_size"]) % int(raw["num_attention_heads"]):
+        raise ValueError(f"{raw['num_attention_heads']} heads do not divide width {raw['hidden_size']}")
     return TowerConfig(
         width=int(raw["hidden_size"]),
         layers=int(raw["num_hidden_layers"]),
@@ -171,76 +183,6 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
             raise UserError(f"{path}: weights are truncated or damaged ({reason}); fetch the file again") from e
         tensors.update(part)
     return tensors
-
-
-def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> Hugging Face's. Several names are stacked along the first axis (q, k, v)."""
-    names: dict[str, tuple[str, ...]] = {
-        "logit_scale": ("logit_scale",),
-        "image.class_token": ("vision_model.embeddings.class_embedding",),
-        "image.embed.weight": ("vision_model.embeddings.patch_embedding.weight",),
-        "image.position": ("vision_model.embeddings.position_embedding.weight",),
-        "image.project.weight": ("visual_projection.weight",),
-        "text.embed.weight": ("text_model.embeddings.token_embedding.weight",),
-        "text.position": ("text_model.embeddings.position_embedding.weight",),
-        "text.project.weight": ("text_projection.weight",),
-    }
-    norms = {
-        "image.norm_pre": "vision_model.pre_layrnorm",
-        "image.norm_post": "vision_model.post_layernorm",
-        "text.norm_post": "text_model.final_layer_norm",
-    }
-    towers = (("image", "vision_model", config.image.layers), ("text", "text_model", config.text.layers))
-    for kind in ("weight", "bias"):
-        names |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for ours, theirs in norms.items()}
-        for tower, prefix, layers in towers:
-            for i in range(layers):
-                ours, theirs = f"{tower}.blocks.{i}", f"{prefix}.encoder.layers.{i}"
-                names |= {
-                    f"{ours}.norm1.{kind}": (f"{theirs}.layer_norm1.{kind}",),
-                    f"{ours}.qkv.{kind}": tuple(f"{theirs}.self_attn.{c}_proj.{kind}" for c in "qkv"),
-                    f"{ours}.out.{kind}": (f"{theirs}.self_attn.out_proj.{kind}",),
-                    f"{ours}.norm2.{kind}": (f"{theirs}.layer_norm2.{kind}",),
-                    f"{ours}.fc1.{kind}": (f"{theirs}.mlp.fc1.{kind}",),
-                    f"{ours}.fc2.{kind}": (f"{theirs}.mlp.fc2.{kind}",),
-                }
-    return names
-
-
-def fill(clip: CLIP, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy Hugging Face tensors into our parameters, in fp32. Raises UserError naming what does not fit."""
-    names = layout(clip.config)
-    wanted = {name for group in names.values() for name in group}
-    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - BUFFERS)
-    if missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
-    if unknown:
-        raise UserError(f"{source}: {len(unknown)} tensors are not of a CLIP model, first {unknown[0]}")
-    parameters = dict(clip.named_parameters())
-    assert set(parameters) == set(names), "layout() and CLIP disagree"
-    for ours, group in names.items():
-        value = torch.cat([tensors[name] for name in group]) if len(group) > 1 else tensors[group[0]]
-        value = value.flatten(1) if ours == "image.embed.weight" else value
-        target = parameters[ours]
-        if value.numel() == 1:
-            value = value.reshape(target.shape)
-        if value.shape != target.shape:
-            raise UserError(
-                f"{source}: {group[0]} has shape {tuple(value.shape)}, config.json asks for {tuple(target.shape)}"
-            )
-        target.data.copy_(value)
-
-
-def to_huggingface(clip: CLIP) -> dict[str, Tensor]:
-    """Our parameters under Hugging Face's names; the inverse of `fill`."""
-    parameters, config = dict(clip.named_parameters()), clip.config
-    tensors: dict[str, Tensor] = {}
-    for ours, group in layout(config).items():
-        value = parameters[ours].detach()
-        if ours == "image.embed.weight":
-            value = value.unflatten(1, (3, config.patch, config.patch))
-        tensors |= dict(zip(group, value.chunk(len(group)) if len(group) > 1 else (value,), strict=True))
-    return {name: value.contiguous().clone() for name, value in tensors.items()}
 
 
 def write_pretrained(clip: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -1,17 +1,18 @@
-"""The run folder: config.json, delta.safetensors (only what was learned), train.jsonl, results.jsonl."""
+"""The run folder: config.json, delta.safetensors (only what was learned), train.jsonl, images.json (content
+hashes of the training images), results.jsonl."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import advtune
 from advtune.errors import UserError
@@ -20,6 +21,7 @@ from advtune.results import write_atomic
 from advtune.vlm import VLM, Origin, load_vlm
 
 CONFIG, DELTA, LOG, RESULTS = "config.json", "delta.safetensors", "train.jsonl", "results.jsonl"
+IMAGES = "images.json"
 
 
 def is_run(name: str | Path) -> bool:
@@ -33,8 +35,7 @@ def load(name: str, device: str = "auto", precision: str = "auto") -> VLM:
     device: auto takes an accelerator when there is one. precision: fp32, bf16, or auto (bf16 where the
     hardware has it). Raises UserError when it cannot be had or does not fit.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = check_device(device)
     if is_run(name):
         return load_run(Path(name), device, precision)
     if Path(f"{name}.partial").is_dir():
@@ -42,23 +43,49 @@ def load(name: str, device: str = "auto", precision: str = "auto") -> VLM:
     return load_vlm(name, device, precision)
 
 
+def check_device(device: str) -> str:
+    """The device to use; auto takes an accelerator when there is one. Raises UserError when it is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise UserError(f"device {device!r} cannot be used ({reason}); try --device cpu") from None
+    return device
+
+
 def load_run(folder: Path, device: str, precision: str) -> VLM:
     """The tuned model of a run folder: its backbone, checked by content, with the delta applied."""
     config = read_config(folder)
-    base = load(config["backbone"]["name"], device, precision)
-    if base.origin.sha256 != config["backbone"]["sha256"]:
-        raise UserError(f"{folder}: backbone {base.origin.name!r} has other content than the one the run was tuned on")
+    facts = config["backbone"]
+    beside = folder / facts["path"] if facts["path"] else Path()
+    base = load(str(beside) if facts["path"] and beside.is_dir() else facts["name"], device, precision)
+    if base.origin.sha256 != facts["sha256"]:
+        raise UserError(f"{folder}: backbone {facts['name']!r} has other content than the one the run was tuned on")
     try:
         delta = load_file(folder / DELTA)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / DELTA}: truncated or damaged ({error}); tune again") from error
-    model = base.with_delta(delta)
     stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["preprocess"].items()}
-    model.clip.config = dataclasses.replace(model.clip.config, preprocess=Preprocess(**stored))
-    digest = hashlib.sha256((base.origin.sha256 + file_sha256(folder / DELTA)).encode()).hexdigest()
-    model.origin = Origin(str(folder), digest, base.origin.notice)
-    model.run = {**config, "folder": folder.name}
+    model = base.with_delta(delta).with_preprocess(Preprocess(**stored))
+    return settle(model, base, config, json.loads((folder / IMAGES).read_text()), folder)
+
+
+def settle(model: VLM, base: VLM, config: dict[str, Any], hashes: list[str], folder: Path | None) -> VLM:
+    """Make a tuned model what others take as given: frozen, named by its content, knowing how it was made."""
+    model.requires_grad_(False).eval()
+    digest = hashlib.sha256(base.origin.sha256.encode() + save(model.delta())).hexdigest()
+    name = str(folder) if folder else f"{config['method']} on {base.origin.name}, in memory"
+    model.origin = Origin(name, digest, base.origin.notice)
+    model.run = {**config, "folder": str(folder) if folder else ""}
+    model.seen = frozenset(short(hashes)) | base.seen
     return model
+
+
+def short(hashes: list[str]) -> list[str]:
+    """Content hashes as the run folder keeps them: enough to tell images apart."""
+    return [sha[:16] for sha in hashes]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -68,27 +95,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: not a run folder ({error})") from None
 
 
-def write_run(folder: Path, model: VLM, config: dict[str, Any]) -> None:
-    """config.json and delta.safetensors; the delta last, because it marks the run as finished."""
+def write_run(folder: Path, model: VLM, config: dict[str, Any], hashes: list[str]) -> None:
+    """config.json, images.json (content hashes of what was tuned on) and delta.safetensors; the delta last,
+    because it marks the run as finished."""
     write_atomic(folder / CONFIG, json.dumps(config, indent=1) + "\n")
-    beside = folder / f"{DELTA}.tmp"
-    save_file(model.delta(), beside)
-    beside.replace(folder / DELTA)
+    write_atomic(folder / IMAGES, json.dumps(short(hashes)) + "\n")
+    write_atomic(folder / DELTA, save(model.delta()))
 
 
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def backbone_facts(model: VLM) -> dict[str, Any]:
-    """What a row or a run says of a backbone."""
-    origin = model.origin
+def backbone_facts(model: VLM, out: Path | None = None) -> dict[str, Any]:
+    """What a row or a run says of a backbone. `path` leads from the run folder `out` to a local backbone, so
+    that both can be moved together; `tuned` says how, when the backbone is itself a run."""
+    origin, run = model.origin, model.run
+    local = out is not None and Path(origin.name).is_dir()
     return {
         "name": origin.name,
         "sha256": origin.sha256,
+        "path": os.path.relpath(Path(origin.name).resolve(), Path(out).resolve()) if local and out else "",
         "image_size": model.side,
         "logit_scale": round(float(model.logit_scale), 4),
         "notice": origin.notice,
+        "tuned": {k: run[k] for k in ("method", "options", "recipe", "attack")} | {"on": run["train"]["spec"]}
+        if run
+        else None,
     }
 
 

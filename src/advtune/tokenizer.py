@@ -63,7 +63,10 @@ class Tokenizer:
 def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
     """From tokenizer.json, or from vocab.json and merges.txt. Raises UserError when neither is there."""
     if (folder / "tokenizer.json").is_file():
-        encoder = Encoder.from_file(str(folder / "tokenizer.json"))
+        try:
+            encoder = Encoder.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception on a damaged file
+            raise UserError(f"{folder / 'tokenizer.json'}: truncated or damaged ({error})") from error
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and not line.startswith("#version")]

@@ -48,6 +48,13 @@ class TextCache:
     features: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+def shell(clip: CLIP) -> CLIP:
+    """A dual encoder whose parts are the other's, but can be replaced without changing the other."""
+    other = copy.copy(clip)
+    other._modules = dict(clip._modules)
+    return other
+
+
 class VLM(nn.Module):
     """`image_features`, `text_features`, `logits`, `classifier`, `delta`: all that a method or attack needs.
 
@@ -61,7 +68,9 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.origin = origin
         self.precision = "fp32"
+        self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.run: dict[str, Any] = {}  # how it was tuned; empty for a zero-shot model
+        self.seen: frozenset[str] = frozenset()  # content hashes of the images it was tuned on
         self._cache = TextCache()
 
     # --- what was learned -------------------------------------------------------------------------------
@@ -76,44 +85,46 @@ class VLM(nn.Module):
         words = self.tokenizer.pieces(template.split("{}")[0])[:text]
         start = self.clip.text.embed(torch.tensor(words, device=self.device)) if words else None
         prompts = Prompts(self.clip, text, image, depth, coupling, start, seed).to(self.device)
-        return self._like(self.clip, prompts)
+        return self._like(self.clip, prompts, ("prompts.",))
 
-    def with_image_tower(self, preprocess: Preprocess | None = None) -> VLM:
-        """A model with a trainable copy of the image tower; the text tower is shared and frozen. `preprocess`
-        replaces the backbone's own, for releases that normalise differently."""
-        clip = copy.copy(self.clip)
-        clip._modules = dict(self.clip._modules)
+    def with_image_tower(self) -> VLM:
+        """A model with a trainable copy of the image tower; all else is shared and frozen."""
+        clip = shell(self.clip)
         clip.image = copy.deepcopy(self.clip.image).requires_grad_(True)
-        if preprocess is not None:
-            clip.config = dataclasses.replace(clip.config, preprocess=preprocess)
-        return self._like(clip, self.prompts)
+        return self._like(clip, self.prompts, ("clip.image.",))
 
-    def _like(self, clip: CLIP, prompts: nn.Module | None) -> VLM:
+    def with_preprocess(self, preprocess: Preprocess) -> VLM:
+        """The same weights behind another resize, crop or normalisation."""
+        clip = shell(self.clip)
+        clip.config = dataclasses.replace(clip.config, preprocess=preprocess)
+        return self._like(clip, self.prompts, self.learned)
+
+    def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
         model = VLM(clip, self.tokenizer, self.origin, prompts)
-        model.precision = self.precision
+        model.precision, model.learned = self.precision, learned
         return model
 
     def delta(self) -> dict[str, Tensor]:
-        """Only what was learned: the trainable towers' parameters, and the prompts as they enter the towers
-        (couplings applied, so kilobytes)."""
-        learned = {
-            f"clip.{name}": value.detach().cpu().contiguous()
-            for name, value in self.clip.named_parameters()
-            if value.requires_grad
-        }
+        """Only what was learned: a tuned tower's parameters, or the prompts as they enter the towers (couplings
+        applied, so kilobytes)."""
+        named = {f"clip.{name}": value for name, value in self.clip.named_parameters()}
         if self.prompts is not None:
             text, image = self.prompts()
-            named = {"prompts.text": text, "prompts.image": image}
-            learned |= {k: v.detach().cpu().contiguous() for k, v in named.items() if v is not None}
-        return learned
+            named |= {"prompts.text": text, "prompts.image": image}
+        return {
+            name: value.detach().cpu().contiguous()
+            for name, value in named.items()
+            if value is not None and name.startswith(self.learned or ("nothing",))
+        }
 
     def with_delta(self, delta: dict[str, Tensor]) -> VLM:
         """This model with a stored delta applied. Raises UserError on a tensor that does not belong here."""
-        prompts = self.prompts
+        model = self
+        if any(name.startswith("clip.") for name in delta):
+            model = self.with_image_tower()
         if any(name.startswith("prompts.") for name in delta):
             prompts = FixedPrompts(delta.get("prompts.text"), delta.get("prompts.image"))
-        model = self.with_image_tower() if any(name.startswith("clip.") for name in delta) else self
-        model = model._like(model.clip, prompts)
+            model = self._like(model.clip, prompts, ("prompts.",))
         parameters = dict(model.named_parameters())
         for name, value in delta.items():
             if name.startswith("prompts."):
@@ -131,8 +142,9 @@ class VLM(nn.Module):
 
     @property
     def side(self) -> int:
-        """Side in pixels of what the image tower sees."""
-        return self.clip.config.preprocess.crop or self.clip.config.image_size
+        """Side in pixels of the images that need no resizing inside the model."""
+        preprocess = self.clip.config.preprocess
+        return preprocess.resize if isinstance(preprocess.resize, int) else self.clip.config.image_size
 
     def tokens(self, classes: Sequence[str], template: str) -> Tensor:
         """Token ids [C, L] of the class texts, with room for the learned text prompt."""

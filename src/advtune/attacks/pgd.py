@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from advtune.errors import UserError
 from advtune.losses import cross_entropy
 from advtune.options import check, option
 
@@ -32,6 +33,10 @@ class PGD:
 
     def __post_init__(self) -> None:
         check(self, "attack pgd")
+        if self.step_size == 0:
+            raise UserError("attack pgd: step_size 0 does not move; leave it out for the default")
+        if self.restarts > 1 and not self.random_start:
+            raise UserError("attack pgd: restarts from the same point find the same; set random_start=true")
 
     @property
     def step(self) -> float:

@@ -62,8 +62,10 @@ def _rank(purpose: str, text: str) -> bytes:
 
 def select(task: Task, split: Split, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> Part:
     """The records of `split`, in their fixed order. `track` shows the progress of reading the source once."""
-    for part in task.parts.values():
-        part.hashes(track)
+    source = ["train"] if split.part in ("fit", "val") else [split.part]
+    for name, part in task.parts.items():
+        if name in source or split.part == "all" or name == "all":
+            part.hashes(track)
     records = named_part(task, split.part)
     if split.shots is not None:
         records = take_shots(records, split.shots, split.seed, task.classes)

@@ -36,7 +36,8 @@ class Images:
     """The pixels of a Split, in its fixed order.
 
     x: uint8 [N, 3, S, S] ("native": [N, 3, height, width]). y: int64 [N]. ids: where each came from.
-    sha256: of the content hashes and labels, in order. skipped: ids of images that could not be decoded.
+    sha256: of the content hashes and labels, in order. hashes: of each image's encoded bytes.
+    skipped: ids of images that could not be decoded.
     """
 
     x: torch.Tensor
@@ -44,6 +45,7 @@ class Images:
     ids: list[str]
     sha256: str
     skipped: list[str]
+    hashes: list[str]
 
 
 def load_images(task: Task, split: Split, *, cache: Path | None = None, progress: bool = True) -> Images:
@@ -71,7 +73,9 @@ def load_images(task: Task, split: Split, *, cache: Path | None = None, progress
     kept = [i for i, ok in enumerate(good.tolist()) if ok]
     content = "".join(f"{hashes[i]}:{records.labels[i]}\n" for i in kept)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Images(x, y, [records.ids[i] for i in kept], digest, [records.ids[i] for i in bad])
+    return Images(
+        x, y, [records.ids[i] for i in kept], digest, [records.ids[i] for i in bad], [hashes[i] for i in kept]
+    )
 
 
 def decode(data: bytes, resolution: int | str) -> np.ndarray:

@@ -22,7 +22,7 @@ from advtune.vlm import VLM, Batch
 class Method(Protocol):
     """A frozen dataclass whose fields are the hyper-parameters, with its paper's recipe and training attack.
 
-    `presets` names sets of field values; a method with presets has a field `preset` that says which it is.
+    `presets` names sets of field values, chosen by `-o preset=NAME`.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -65,11 +65,17 @@ def configure(
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     what, method = f"method {name}", METHODS[name]()
-    pairs = options if isinstance(options, Mapping) else list(options)
-    presets = [p for p in pairs if p.partition("=")[0].strip() == "preset"]
-    if presets and method.presets:
-        chosen = {"preset": pairs["preset"]} if isinstance(pairs, Mapping) else presets
-        method = fill(method, chosen, what)
-        method = fill(method, method.presets[method.preset], what)
+    if isinstance(options, Mapping):
+        pairs: Any = dict(options)
+        preset = pairs.pop("preset", None)
+    else:
+        named = [p for p in options if p.partition("=")[0].strip() == "preset"]
+        pairs = [p for p in options if p not in named]
+        preset = named[-1].partition("=")[2].strip() if named else None
+    if preset is not None:
+        if preset not in method.presets:
+            known = ", ".join(method.presets) or "none"
+            raise UserError(f"{what} has no preset {preset!r}; known presets: {known}")
+        method = fill(method, method.presets[preset], what)
     method, recipe = fill_many([method, method.recipe], pairs, what)
     return method, recipe, fill(method.attack, attack, f"training attack of {name}")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from advtune.attacks import PGD, Attack
+from advtune.errors import UserError
 from advtune.losses import cross_entropy, kl
-from advtune.options import option
+from advtune.options import check, option
 from advtune.prompts import COUPLINGS
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
@@ -45,7 +46,12 @@ class APD:
     trains: ClassVar[str] = "prompts in both towers, and the teacher's"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Recipe] = Recipe(lr=0.0035, warmup_epochs=1, epochs=10, batch_size=32, augment=True)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, step_size=1 / 255, keep="last", early_stop=False)
+    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # step = eps
+
+    def __post_init__(self) -> None:
+        check(self, "method apd")
+        if not self.distil and not self.ce:
+            raise UserError("method apd: distil=0 and ce=0 leave the student nothing to learn from")
 
     @property
     def cycles(self) -> int:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from advtune.attacks import PGD, Attack
 from advtune.losses import cross_entropy, kl
-from advtune.options import option
+from advtune.options import check, option
 from advtune.prompts import COUPLINGS
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
+
+TINY = 1e-12  # both cross-entropies can be exactly zero
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class CAPT:
     recipe: ClassVar[Recipe] = Recipe(lr=0.002, warmup_epochs=1, epochs=50, batch_size=32, augment=True)
     attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=3, keep="last", early_stop=False)  # step 2 eps / 3
 
+    def __post_init__(self) -> None:
+        check(self, "method capt")
+
     def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
         n = self.prompt_length
         return {
@@ -89,7 +94,7 @@ class CAPT:
         if self.weight == "confidence":
             return torch.sigmoid(ce - ce0)  # = p0 / (p0 + p), with p = exp(-ce)
         if self.weight == "loss":
-            return ce.mean() / (ce.mean() + ce0.mean())
+            return (ce.mean() + TINY) / (ce.mean() + ce0.mean() + 2 * TINY)
         return torch.full_like(ce, self.a)
 
     def _kl(self, target: Tensor, adversarial: Tensor) -> Tensor:

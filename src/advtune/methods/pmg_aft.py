@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advtune.attacks import PGD, Attack
 from advtune.losses import cross_entropy, kl
-from advtune.options import option
+from advtune.options import check, option
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch, Classifier
 
@@ -23,11 +23,12 @@ class PMGAFT:
 
     L = CE(f(x'), y) + alpha * KL(f0(x') || f(x')) + beta * KL(f(x) || f(x'))
 
-    Preset `paper` is the equation with CLIP's logit scale. Preset `released` follows the published code: raw
-    cosines as logits, ImageNet statistics, KL summed over the batch beside a mean cross-entropy.
+    Preset `paper` is the equation with CLIP's logit scale, and the template "This is a photo of a {}". Preset
+    `released` follows the published code: raw cosines as logits, ImageNet statistics for both models, KL summed
+    over the batch beside a mean cross-entropy. Two releases differ in the KLs' direction: the preset takes the
+    paper's, direction=adversarial-first is the other's.
     """
 
-    preset: str = option("paper", "the paper's equation, or what the released code does", choices=("paper", "released"))
     alpha: float = option(1.0, "weight of the guidance by the original model", low=0)
     beta: float = option(1.0, "weight of the clean branch", low=0)
     scale: str = option("clip", "logits: CLIP's logit scale, or raw cosines", choices=("clip", "cosine"))
@@ -48,15 +49,16 @@ class PMGAFT:
         "released": {"scale": "cosine", "statistics": "imagenet", "reduction": "sum"},
     }
     recipe: ClassVar[Recipe] = Recipe(lr=5e-5, warmup=1000, epochs=10, batch_size=256)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, step_size=1 / 255, keep="last", early_stop=False)
+    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # step = eps
+
+    def __post_init__(self) -> None:
+        check(self, "method pmg-aft")
 
     def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
-        own = frozen.clip.config.preprocess
-        theirs = replace(own, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        return {
-            "student": frozen.with_image_tower(theirs if self.statistics == "imagenet" else own),
-            "frozen": frozen,
-        }
+        if self.statistics == "imagenet":
+            own = frozen.clip.config.preprocess
+            frozen = frozen.with_preprocess(replace(own, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+        return {"student": frozen.with_image_tower(), "frozen": frozen}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         x, y = batch.x, batch.y

@@ -26,7 +26,7 @@ class TeCoA:
     cycles: ClassVar[int] = 1
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Recipe] = Recipe(lr=1e-5, warmup=1000, epochs=10, batch_size=256)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, step_size=1 / 255, keep="last", early_stop=False)
+    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # step = eps
 
     def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
         return {"student": frozen.with_image_tower()}
