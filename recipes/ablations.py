@@ -17,7 +17,7 @@ from grid import Cell, work
 from advtune.attacks import PGD
 
 ATTACK = PGD(eps=1 / 255, steps=10)
-SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 5, "caltech101": 1}
+SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 4, "caltech101": 1}
 CAPT = {
     "base": {},
     "direction=adversarial-first": {"direction": "adversarial-first"},
@@ -35,7 +35,7 @@ APD = {
     "teacher=frozen": {"teacher": "frozen"},
     "plain: distil=0 ce=1": {"teacher": "frozen", "distil": 0.0, "ce": 1.0},
 }
-RATES = (0.002, 0.01, 0.05)
+RATES = (0.01, 0.05, 0.2)
 TOWER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="mini")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args()
-    work(cells(args.stage, args.rate, args.data, args.seeds), args.backbone, args.out)
+    work(cells(args.stage, args.rate, args.data, args.seeds), args.backbone, args.out / Path(args.backbone).name)
 
 
 if __name__ == "__main__":

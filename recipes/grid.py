@@ -56,7 +56,12 @@ def one(cell: Cell, backbone: Any, tasks: dict[str, Any], folder: Path) -> None:
         tasks[name] = tasks[name] or advtune.load_task(name)
     path = folder / runs.RESULTS
     have = {key(row) for row in results.read(path)} if path.is_file() else set()
-    todo = [(d, a) for d in cell.evaluate for a in cell.attacks if (d, cell.eval_part, a.eps, a.steps) not in have]
+    todo = [
+        (d, a)
+        for d in cell.evaluate
+        for a in cell.attacks
+        if (d, cell.eval_part, cell.limit, a.eps, a.steps) not in have
+    ]
     if not todo:
         return
     tuned = backbone
@@ -75,4 +80,4 @@ def one(cell: Cell, backbone: Any, tasks: dict[str, Any], folder: Path) -> None:
 
 def key(row: advtune.Row) -> tuple[Any, ...]:
     attack = row.attack or {}
-    return row.data["spec"], row.data["part"], attack.get("eps"), attack.get("steps")
+    return row.data["spec"], row.data["part"], row.data["limit"], attack.get("eps"), attack.get("steps")

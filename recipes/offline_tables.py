@@ -46,7 +46,7 @@ def few_shot(
     for data, n, label in product(sets, eps, labels):
         method, options = METHODS[label]
         for k, seed in product(shots, range(seeds)) if method != "zero-shot" else [(None, 0)]:
-            name = f"few-shot/{data}/eps{n}/{label}/shots{k}/seed{seed}"
+            name = f"few-shot/{data}/eps{n}/{label}/epochs{epochs}/shots{k}/seed{seed}"
             cell = Cell(name, method, data, (data,), k, seed, epochs, options, {"eps": n / 255, "step_size": None})
             found.append(attacked(cell, n, **how))
     return found
@@ -57,7 +57,7 @@ def transfer(labels: list[str], images: int | None, epochs: int, **how: Any) -> 
     return [
         attacked(
             Cell(
-                f"transfer/{label}", METHODS[label][0], "tinyimagenet", TRANSFER,
+                f"transfer/{label}/epochs{epochs}/images{images}", METHODS[label][0], "tinyimagenet", TRANSFER,
                 epochs=epochs, options=METHODS[label][1], train_limit=images,
             ), 1, **how,
         )
@@ -73,20 +73,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subset", action="store_true", help="what two cores do in an hour")
     parser.add_argument("--tables", nargs="+", default=["few-shot", "transfer"], choices=("few-shot", "transfer"))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these")
     parser.add_argument("--backbone", default="mini")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     args = parser.parse_args()
+    few = args.methods or (["zero-shot", "plain-coupled", "capt", "apd"] if args.subset else list(METHODS))
+    towers = [label for label in ("zero-shot", "tecoa", "pmg-aft") if label in (args.methods or METHODS)]
     cells: list[Cell] = []
     if "few-shot" in args.tables and args.subset:
-        labels = ["zero-shot", "plain-coupled", "capt", "apd"]
-        cells += few_shot(labels, ["caltech101"], [16], 1, [1], epochs=2, steps=50, limit=500)
+        cells += few_shot(few, ["caltech101"], [16], 1, [1], epochs=2, steps=50, limit=500)
     elif "few-shot" in args.tables:
-        cells += few_shot(list(METHODS), list(SETS), [1, 4, 16], 3, [1, 4], epochs=20, steps=100, limit=None)
+        cells += few_shot(few, list(SETS), [1, 4, 16], 3, [1, 4], epochs=20, steps=100, limit=None)
     if "transfer" in args.tables and args.subset:
-        cells += transfer(["zero-shot", "tecoa", "pmg-aft"], 8000, epochs=1, steps=50, limit=500)
+        cells += transfer(towers, 8000, epochs=1, steps=50, limit=500)
     elif "transfer" in args.tables:
-        cells += transfer(["zero-shot", "tecoa", "pmg-aft"], None, epochs=10, steps=100, limit=None)
-    work(cells, args.backbone, args.out)
+        cells += transfer(towers, None, epochs=10, steps=100, limit=None)
+    work(cells, args.backbone, args.out / Path(args.backbone).name)
 
 
 if __name__ == "__main__":

@@ -113,11 +113,23 @@ def test_bad_input_writes_nothing(vlm, task, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_term(vlm, task, tmp_path):
+    how = dict(options={"lr": 1e30, "warmup": 0}, out=tmp_path / "run", show=False)
     with pytest.raises(UserError, match=r"loss term '\w+' is (nan|inf) at step [1-9]"):
-        train.tune("tecoa", vlm, task, epochs=50, options={"lr": 1e30, "warmup": 0}, out=tmp_path / "run", show=False)
-    with pytest.raises(UserError, match="not finite after the last step"):
-        how = {"lr": 1e39, "warmup": 0, "batch_size": 99}
-        train.tune("tecoa", vlm, task, epochs=1, options=how, out=tmp_path / "run", show=False)
+        train.tune("tecoa", vlm, task, epochs=50, **how)
+    assert list(tmp_path.glob("run*")) == []
+
+
+def test_a_last_step_that_is_not_finite_is_no_result(vlm, task, tmp_path, monkeypatch):
+    real = train.update
+
+    def poisoned(plan, models, *rest):
+        values = real(plan, models, *rest)
+        models["student"].clip.image.position.data[0, 0] = torch.nan
+        return values
+
+    monkeypatch.setattr(train, "update", poisoned)
+    with pytest.raises(UserError, match=r"clip.image.position is not finite after the last step"):
+        train.tune("tecoa", vlm, task, shots=1, epochs=1, out=tmp_path / "run", show=False)
     assert list(tmp_path.glob("run*")) == []
 
 
