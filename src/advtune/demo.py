@@ -30,10 +30,10 @@ class Entry:
 
 # Chosen on the fit/val parts of the embedded training images, never on its test images.
 ENTRIES = (
-    Entry("tecoa", 10, {"lr": 1e-3, "batch_size": 32}),
-    Entry("pmg-aft", 10, {"lr": 1e-3, "batch_size": 32}),
-    Entry("capt", 10, {"lr": 0.02}),
-    Entry("apd", 10, {"lr": 0.02}),
+    Entry("tecoa", 10, {"lr": 3e-3, "batch_size": 32}),
+    Entry("pmg-aft", 10, {"lr": 3e-3, "batch_size": 32}),
+    Entry("capt", 10, {"lr": 0.2}),
+    Entry("apd", 10, {"lr": 0.2}),
 )
 
 
