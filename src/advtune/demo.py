@@ -28,12 +28,13 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+SHORT = {"batch_size": 8, "augment": False}
 # Chosen on the fit/val parts of the embedded training images, never on its test images.
 ENTRIES = (
     Entry("tecoa", 10, {"lr": 3e-3, "batch_size": 32}),
     Entry("pmg-aft", 10, {"lr": 3e-3, "batch_size": 32}),
-    Entry("capt", 10, {"lr": 0.2}),
-    Entry("apd", 10, {"lr": 0.2}),
+    Entry("capt", 6, {**SHORT, "lr": 0.3, "ce": "both"}),
+    Entry("apd", 6, {**SHORT, "lr": 0.1, "ce": 1.0}),
 )
 
 
