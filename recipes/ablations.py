@@ -38,7 +38,7 @@ APD = {
     "teacher=frozen": {"teacher": "frozen"},
     "plain: distil=0 ce=1": {"teacher": "frozen", "distil": 0.0, "ce": 1.0},
 }
-BASE = {"capt": {"lam": 6.0}, "apd": {}}
+
 RATES = (0.02, 0.1, 0.5)
 TOWER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -47,7 +47,7 @@ def cell(method: str, label: str, options: dict, data: str, seed: int, rate: flo
     slug = label.replace(":", "").replace(" ", "_")
     return Cell(
         f"choices/{data}/{method}/{slug}/lr{rate:g}/seed{seed}", method, data, (data,), SHOTS[data], seed, EPOCHS[data],
-        {**SHORT, **BASE[method], **options, "lr": rate}, attacks=(ATTACK,), part="fit", eval_part="val", limit=200,
+        {**SHORT, **options, "lr": rate}, attacks=(ATTACK,), part="fit", eval_part="val", limit=200,
     )  # fmt: skip
 
 

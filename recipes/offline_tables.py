@@ -25,7 +25,7 @@ SETS = ("caltech101", "cifar10", "grocery", "tinyimagenet")
 TRANSFER = ("cifar10", "caltech101", "fashion-mnist")
 # Rates chosen on fit/val parts of training images (docs/log.md): the papers' own are for a logit scale of 100
 # and far longer runs.
-TOWER = {"lr": 3e-3, "batch_size": 64}
+TOWER = {"lr": 3e-4, "batch_size": 64}
 PROMPT = {"lr": 0.1, "batch_size": 8, "augment": False}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-shot": ("zero-shot", {}),

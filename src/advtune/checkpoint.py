@@ -16,7 +16,7 @@ from advtune import runs
 from advtune.errors import UserError
 from advtune.results import write_atomic
 
-SECONDS = 60  # between two checkpoints
+SECONDS = 30  # between two checkpoints
 CHECKPOINT = "checkpoint.pt"
 OURS = {runs.CONFIG, runs.DELTA, runs.LOG, runs.IMAGES, runs.RESULTS, CHECKPOINT, "checkpoint.tmp"}
 

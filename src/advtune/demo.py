@@ -33,7 +33,7 @@ SHORT = {"batch_size": 8, "augment": False}
 ENTRIES = (
     Entry("tecoa", 10, {"lr": 3e-3, "batch_size": 32}),
     Entry("pmg-aft", 10, {"lr": 3e-3, "batch_size": 32}),
-    Entry("capt", 6, {**SHORT, "lr": 0.3, "ce": "both"}),
+    Entry("capt", 6, {**SHORT, "lr": 0.3, "ce": "both", "lam": 1.0}),
     Entry("apd", 6, {**SHORT, "lr": 0.1, "ce": 1.0}),
 )
 

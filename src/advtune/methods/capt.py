@@ -29,7 +29,7 @@ class CAPT:
     formula of a, nor the prompts' shape, nor lam; those fields are reconstructed.
     """
 
-    lam: float = option(1.0, "weight of the consistency terms (lambda)", reconstructed=True, low=0)
+    lam: float = option(6.0, "weight of the consistency terms (lambda)", reconstructed=True, low=0)
     weight: str = option(
         "confidence",
         "a: constant; confidence: p_f0(y|x) / (p_f0(y|x) + p_f(y|x)) of each image; loss: CE_f / (CE_f + CE_f0) "
