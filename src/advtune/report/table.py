@@ -121,7 +121,8 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
 def _differences(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     """What tells each line of a section from the others.
 
-    Options and recipe are compared within a method, the training slice within a set, the rest in all.
+    Options, recipe and training attack are compared within a method (but its eps in all), the training slice
+    within a set, the rest in all.
     """
     flats = [flat(_setting(group[0])) for group in groups]
     found = []
@@ -134,10 +135,12 @@ def _differences(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
             if key in ("method", "train", *TRAINED_ON):
                 continue
             others = flats
-            if key.startswith(("options", "recipe")):
+            if key == "train.attack.eps":
+                others = trained
+            elif key.startswith(("options", "recipe", "train.attack")):
                 others = peers
             elif key.startswith("train"):
-                others = trained if key.startswith("train.attack") else same_set
+                others = same_set
             if any(each.get(key) != value for each in others):
                 differs[key] = value
         if "data.template" in differs:
