@@ -1,4 +1,4 @@
-"""Ablation of every reconstructed choice of CAPT and APD on the embedded backbone.
+"""Ablation of the reconstructed choices of CAPT and APD on the embedded backbone.
 
 Command:  ADVTUNE_DATA=../shared/data python recipes/ablations.py --out runs/ablations
 Hardware: two CPU cores, about an hour; minutes on an accelerator. Resumable: call it again.

@@ -12,6 +12,8 @@ import advtune
 from advtune import results, runs
 from advtune.attacks import PGD
 from advtune.errors import UserError
+from advtune.methods import configure
+from advtune.options import as_options
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Cell:
 
 
 def work(cells: list[Cell], backbone: str, out: Path) -> None:
-    """Do every cell that is not done; a cell that fails is reported and does not stop the rest."""
+    """Do every cell that is not done. A cell that is refused (UserError) does not stop the rest; exits with 1."""
     model = advtune.load(backbone)
     tasks: dict[str, Any] = {}
     begin, failed = time.monotonic(), []
@@ -47,6 +49,8 @@ def work(cells: list[Cell], backbone: str, out: Path) -> None:
         print(f"[{i + 1}/{len(cells)}, {time.monotonic() - begin:.0f} s] {cell.name}", file=sys.stderr, flush=True)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
 
 
 def one(cell: Cell, backbone: Any, tasks: dict[str, Any], folder: Path) -> None:
@@ -55,7 +59,9 @@ def one(cell: Cell, backbone: Any, tasks: dict[str, Any], folder: Path) -> None:
         tasks.setdefault(name, None)
         tasks[name] = tasks[name] or advtune.load_task(name)
     path = folder / runs.RESULTS
-    have = {key(row) for row in results.read(path)} if path.is_file() else set()
+    rows = results.read(path) if path.is_file() else []
+    check_settings(cell, rows, backbone, folder)
+    have = {key(row) for row in rows}
     todo = [
         (d, a)
         for d in cell.evaluate
@@ -76,6 +82,23 @@ def one(cell: Cell, backbone: Any, tasks: dict[str, Any], folder: Path) -> None:
     for data, attack in todo:
         row = advtune.evaluate(tuned, tasks[data], attack, part=cell.eval_part, limit=cell.limit, show=False)
         results.append(path, row)
+
+
+def check_settings(cell: Cell, rows: list[advtune.Row], backbone: Any, folder: Path) -> None:
+    """Raises UserError when a cell's rows were made with other settings: a name proves nothing."""
+    if cell.method == "zero-shot":
+        same = [row.backbone["sha256"] == backbone.origin.sha256 for row in rows]
+    else:
+        epochs = {} if cell.epochs is None else {"epochs": cell.epochs}
+        method, recipe, attack = configure(cell.method, {**cell.options, **epochs}, cell.train_attack)
+        want = (as_options(method), as_options(recipe), attack.eps, attack.steps, backbone.origin.sha256)
+        same = [
+            want == (r.options, r.recipe, r.train["attack"]["eps"], r.train["attack"]["steps"], r.backbone["sha256"])
+            for r in rows
+            if r.train
+        ]
+    if not all(same):
+        raise UserError(f"{folder}: its rows were made with other settings; remove it or choose another --out")
 
 
 def key(row: advtune.Row) -> tuple[Any, ...]:

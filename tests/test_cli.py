@@ -140,8 +140,9 @@ REFUSED = {
     "not tuned": (["evaluate", "capt"], "advtune train capt"),
     "resolution": (["evaluate", "zero-shot", "--resolution", "big"], "--resolution"),
     "duplicate classes": (["evaluate", "zero-shot", "--classes", "a,b,A"], "one text"),
-    "no batch": (["evaluate", "zero-shot", "--batch-size", "0"], "batch size 0"),
-    "device": (["evaluate", "zero-shot", "--device", "foo"], "--device cpu"),
+    "no batch": (["evaluate", "zero-shot", "--batch-size", "0", "--out", "OUT"], "batch size 0"),
+    "text too long": (["train", "capt", "-o", "prompt_length=90", "--out", "OUT"], "longer than the context"),
+    "device": (["evaluate", "zero-shot", "--device", "foo", "--out", "OUT"], "--device cpu"),
     "seed": (["train", "capt", "--seed", "99999999999", "--out", "OUT"], "seed"),
     "no name": (["train", "capt", "--out", "."], "name"),
     "unknown flag": (["evaluate", "zero-shot", "--nonsense"], "--nonsense"),
@@ -172,7 +173,7 @@ def test_bad_backbones_and_data(base, clip_folder, tmp_path, capsys):
     lonely = write_images(tmp_path / "lonely", classes=("one",))
     assert "1 class" in failure(["train", "capt", *base[:2], "--data", f"folder:{lonely}", *out], capsys)
     missing = failure(["train", "capt", *base[:2], "--data", f"folder:{tmp_path / 'no'}", *out], capsys)
-    assert "no" in missing
+    assert "no such path" in missing
     assert "did you mean" in failure(["train", "capt", *base[:2], "--data", "caltech10", *out], capsys)
     assert "no results.jsonl" in failure(["report", lonely], capsys)
     assert list(tmp_path.glob("run*")) == []
@@ -223,7 +224,7 @@ def test_not_finite(base, tmp_path, capsys):
 def test_out_in_a_wrong_place_is_one_line(base, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     train = ["train", "capt", *base, "--shots", "1", "--epochs", "1", "--out", tmp_path / "file" / "run"]
-    assert "file" in failure(train, capsys)
+    assert "Not a directory" in failure(train, capsys)
     assert "is a file" in failure(["evaluate", "zero-shot", *base, "--out", tmp_path / "file"], capsys)
 
 

@@ -97,6 +97,8 @@ def test_a_run_keeps_its_words_on_its_own_data(vlm, image_folder):
     assert (same.classes, same.template) == (own.classes, own.template)
     assert evaluation.task_for(model, spec, template="a {}").template == "a {}"
     assert evaluation.task_for(vlm, spec).template == "a photo of a {}."
+    model.run["train"]["source_classes"] = ["cat", "dog", "owl"]  # the folder has other classes by now
+    assert evaluation.task_for(model, spec).classes == ("blue", "green", "red")
 
 
 def test_a_diverged_model_is_not_scored(vlm, task):
@@ -118,7 +120,12 @@ def test_an_attack_that_leaves_its_budget_is_not_scored(vlm, task):
         def __call__(self, f, x, y, loss=None):
             return x + 1 / 255
 
-    for cheat, x in ((Cheat(), torch.zeros(1, 3, 4, 4)), (Bright(), torch.ones(1, 3, 4, 4))):
+    class Lost(Cheat):
+        def __call__(self, f, x, y, loss=None):
+            return x * torch.nan
+
+    dark, light = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+    for cheat, x in ((Cheat(), dark), (Bright(), light), (Lost(), light)):
         with pytest.raises(RuntimeError, match="left its budget"):
             evaluation.check_budget(x, cheat(None, x, None), cheat)
 

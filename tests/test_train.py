@@ -84,6 +84,44 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
         train.tune("apd", vlm, task, resume=True, **how)
 
 
+def test_an_interrupted_overwrite_goes_on(vlm, task, tmp_path, monkeypatch):
+    how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
+    train.tune("capt", vlm, task, **how)
+    real, calls = train.update, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.tune("capt", vlm, task, seed=1, overwrite=True, **how)
+    assert runs.read_config(tmp_path / "run")["train"]["seed"] == 0  # the old run stands until the new is done
+    train.tune("capt", vlm, task, seed=1, resume=True, **how)
+    assert runs.read_config(tmp_path / "run")["train"]["seed"] == 1
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_backbone_is_not_overwritten(vlm, task, tmp_path):
+    how = dict(shots=1, epochs=1, show=False)
+    train.tune("tecoa", vlm, task, out=tmp_path / "t", **how)
+    train.tune("tecoa", str(tmp_path / "t"), task, out=tmp_path / "u", **how)
+    for base in ("t", "u"):
+        model = runs.load(str(tmp_path / base), "cpu", "fp32")
+        with pytest.raises(UserError, match="backbone"):
+            train.tune("apd", model, task, out=tmp_path / "t", overwrite=True, **how)
+    assert runs.load(str(tmp_path / "u"), "cpu", "fp32")
+
+
+def test_a_folder_named_like_the_embedded_backbone(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()
+    train.tune("capt", "mini", task, shots=1, epochs=1, out="run", show=False)
+    assert runs.load("run", "cpu", "fp32").run["backbone"]["name"] == "mini"
+
+
 def test_existing_folders_are_safe(vlm, task, tmp_path):
     out, how = tmp_path / "run", dict(shots=1, epochs=1, show=False)
     out.mkdir()
@@ -93,6 +131,10 @@ def test_existing_folders_are_safe(vlm, task, tmp_path):
     with pytest.raises(UserError, match="not of a run"):
         train.tune("capt", vlm, task, out=out, overwrite=True, **how)
     assert (out / "precious").exists()
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "precious").write_text("x")
+    with pytest.raises(UserError, match="not of a run"):
+        train.tune("capt", vlm, task, out=tmp_path / "new", resume=True, **how)
     (out / "precious").unlink()
     train.tune("capt", vlm, task, out=out, overwrite=True, **how)
     before = (out / "delta.safetensors").read_bytes()
@@ -106,7 +148,14 @@ def test_existing_folders_are_safe(vlm, task, tmp_path):
 
 
 def test_bad_input_writes_nothing(vlm, task, tmp_path):
-    for wrong in (dict(shots=99), dict(options={"lam": -1}), dict(attack={"eps": 1}), dict(epochs=0), dict(seed=-1)):
+    for wrong in (
+        dict(shots=99),
+        dict(options={"lam": -1}),
+        dict(attack={"eps": 1}),
+        dict(epochs=0),
+        dict(seed=-1),
+        dict(options="prompt_length=90"),
+    ):
         with pytest.raises(UserError):
             train.tune("capt", vlm, task, out=tmp_path / "run", show=False, **wrong)
     assert list(tmp_path.glob("run*")) == []

@@ -18,7 +18,7 @@ from advtune.results import write_atomic
 
 SECONDS = 30  # between two checkpoints
 CHECKPOINT = "checkpoint.pt"
-OURS = {runs.CONFIG, runs.DELTA, runs.LOG, runs.IMAGES, runs.RESULTS, CHECKPOINT, "checkpoint.tmp"}
+OURS = {runs.CONFIG, runs.DELTA, runs.LOG, runs.IMAGES, runs.RESULTS, CHECKPOINT}
 
 
 def claim(out: Path, resume: bool, overwrite: bool) -> Path:
@@ -35,12 +35,18 @@ def claim(out: Path, resume: bool, overwrite: bool) -> Path:
     for taken in (out, partial):
         if taken.exists() and not taken.is_dir():
             raise UserError(f"{taken} is a file; give --out a folder")
-        if overwrite and taken.is_dir() and {p.name for p in taken.iterdir()} - OURS:
-            raise UserError(f"{taken} holds files that are not of a run; it is not overwritten, choose another --out")
+        if (overwrite or resume) and taken.is_dir() and foreign(taken):
+            raise UserError(f"{taken} holds {foreign(taken)}, which is not of a run; choose another --out")
         if taken.exists() and not (overwrite or (resume and (taken is partial or runs.is_run(out)))):
             ways = "go on with --resume, replace it with --overwrite"
             raise UserError(f"{taken} exists; {ways}, or choose another --out")
     return partial
+
+
+def foreign(folder: Path) -> str:
+    """The first name in a folder that no run writes; empty if there is none. A kill may leave a .tmp file."""
+    names = sorted(p.name for p in folder.iterdir() if p.name not in OURS and p.suffix != ".tmp")
+    return names[0] if names else ""
 
 
 def finish(partial: Path, out: Path) -> None:
@@ -62,7 +68,7 @@ def same(folder: Path, config: Mapping[str, Any]) -> None:
     before = comparable(runs.read_config(folder))
     after = comparable(config)
     if before != after:
-        other = next(k for k in after if before.get(k) != after[k])
+        other = next(k for k in before | after if before.get(k) != after.get(k))
         raise UserError(f"{folder}: was started with other settings ({other}); resume with the same, or --overwrite")
 
 

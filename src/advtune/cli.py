@@ -186,8 +186,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give --out a folder")
     model, task, how = _opened(args, name)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     row = run(model, task, attack, batch_size=args.batch_size, seed=args.seed, **how)
     if out is not None:
         results.append(out / runs.RESULTS, row)

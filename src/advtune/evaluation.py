@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -67,13 +67,16 @@ def evaluate(
     return row(model, task, split, images, facts, clean, robust, zero, batch_size, time.monotonic() - begin)
 
 
-def task_for(model: VLM, data: str, classes: str | None = None, template: str | None = None) -> Task:
+def task_for(
+    model: VLM, data: str, classes: str | Mapping[str, str] | None = None, template: str | None = None
+) -> Task:
     """The task of a data spec, with the words that the model was tuned with when it was tuned on this data and
     no others are given."""
-    train = model.run.get("train", {})
-    if train.get("spec") != data:
-        return load_task(data, classes=classes, template=template)
-    return load_task(data, classes=classes or train["classes"], template=template or train["template"])
+    task, train = load_task(data, classes=classes, template=template), model.run.get("train", {})
+    if train.get("spec") != data or train["source_classes"] != list(task.source):
+        return task
+    words = classes or dict(zip(train["source_classes"], train["classes"], strict=True))
+    return load_task(data, classes=words, template=template or train["template"])
 
 
 def predict(f: Callable[[Tensor], Tensor], images: Images, size: int, device: torch.device, show: bool) -> Tensor:
@@ -111,7 +114,7 @@ def withstand(
 def check_budget(x: Tensor, x_adv: Tensor, attack: Attack) -> None:
     """Raises RuntimeError when an attack left its ball or [0, 1]: such a number would mean nothing."""
     far = float((x_adv - x).abs().max())
-    if far > attack.eps + 1e-6 or float(x_adv.min()) < 0 or float(x_adv.max()) > 1:
+    if not (far <= attack.eps + 1e-6 and float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1):  # nan is out, too
         raise RuntimeError(f"attack {type(attack).__name__} left its budget: moved {far:.6f}, eps {attack.eps:.6f}")
 
 
@@ -132,7 +135,9 @@ def row(
     """Everything a table needs of one evaluation."""
     run = model.run
     texts = hashlib.sha256("\n".join(task.texts()).encode()).hexdigest()
-    train = run and {**run["train"], "classes": len(run["train"]["classes"]), "attack": run["attack"]}
+    train = {k: v for k, v in run.get("train", {}).items() if k != "source_classes"}
+    if train:
+        train |= {"classes": len(train["classes"]), "attack": run["attack"]}
     notes = list(run.get("notes", []))
     known = sum(sha in model.seen for sha in runs.short(images.hashes))
     if known:

@@ -83,7 +83,7 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
         for fact in facts:
             _show_options(console, fact)
     if what == "methods":
-        console.print("† reconstructed: no public source gives it; our choice, ablated in docs/log.md")
+        console.print("† reconstructed: no public source gives it; our choice, see docs/log.md")
 
 
 def _show_options(console: Any, fact: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ def _show_options(console: Any, fact: dict[str, Any]) -> None:
         line = f"    {option['name']}{mark}={default}{choices}: {option['help']}"
         console.print(line, markup=False, soft_wrap=True)
     for kind, title in (("recipe", "recipe"), ("attack", "training attack")):
-        if fact.get(kind) and fact["options"]:
+        if fact.get(kind) and fact["trains"] != "nothing":
             values = ", ".join(f"{option['name']}={shown(option['name'], option['default'])}" for option in fact[kind])
             console.print(f"    {title}: {values}", markup=False, soft_wrap=True)
     console.print()

@@ -44,7 +44,7 @@ def option(
     """A dataclass field that the command line can set.
 
     `choices`: the only values allowed (for a tuple: of each item). `reconstructed`: no public source gives
-    this value; it is our choice, ablated. `pixel`: a distance in pixels of [0, 1], so it lies in [0, 1).
+    this value; it is our choice. `pixel`: a distance in pixels of [0, 1], so it lies in [0, 1).
     `low`, `high`: the least and the greatest number allowed.
     """
     facts = {"help": help, "choices": tuple(choices), "reconstructed": reconstructed}

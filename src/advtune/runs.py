@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 import advtune
 from advtune.errors import UserError
 from advtune.preprocess import Preprocess
+from advtune.pretrained import EMBEDDED
 from advtune.results import write_atomic
 from advtune.vlm import VLM, Origin, load_vlm
 
@@ -36,7 +37,7 @@ def load(name: str, device: str = "auto", precision: str = "auto") -> VLM:
     hardware has it). Raises UserError when it cannot be had or does not fit.
     """
     device = check_device(device)
-    if is_run(name):
+    if name not in EMBEDDED and is_run(name):
         return load_run(Path(name), device, precision)
     if Path(f"{name}.partial").is_dir():
         raise UserError(f"{name}: the run is not finished; go on with: advtune train ... --out {name} --resume")
@@ -69,7 +70,7 @@ def load_run(folder: Path, device: str, precision: str) -> VLM:
         raise UserError(f"{folder / DELTA}: truncated or damaged ({error}); tune again") from error
     stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["preprocess"].items()}
     model = base.with_delta(delta).with_preprocess(Preprocess(**stored))
-    return settle(model, base, config, json.loads((folder / IMAGES).read_text()), folder)
+    return settle(model, base, config, read_json(folder / IMAGES), folder)
 
 
 def settle(model: VLM, base: VLM, config: dict[str, Any], hashes: list[str], folder: Path | None) -> VLM:
@@ -79,6 +80,7 @@ def settle(model: VLM, base: VLM, config: dict[str, Any], hashes: list[str], fol
     name = str(folder) if folder else f"{config['method']} on {base.origin.name}, in memory"
     model.origin = Origin(name, digest, base.origin.notice)
     model.run = {**config, "folder": str(folder) if folder else ""}
+    model.folders = base.folders | ({str(folder.resolve())} if folder else set())
     model.seen = frozenset(short(hashes)) | base.seen
     return model
 
@@ -89,10 +91,15 @@ def short(hashes: list[str]) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder. Raises UserError when it is not there or damaged."""
+    return read_json(folder / CONFIG)
+
+
+def read_json(path: Path) -> Any:
     try:
-        return json.loads((folder / CONFIG).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a run folder ({error})") from None
+        raise UserError(f"{path}: missing or damaged ({error}); tune again") from None
 
 
 def write_run(folder: Path, model: VLM, config: dict[str, Any], hashes: list[str]) -> None:
@@ -107,7 +114,7 @@ def backbone_facts(model: VLM, out: Path | None = None) -> dict[str, Any]:
     """What a row or a run says of a backbone. `path` leads from the run folder `out` to a local backbone, so
     that both can be moved together; `tuned` says how, when the backbone is itself a run."""
     origin, run = model.origin, model.run
-    local = out is not None and Path(origin.name).is_dir()
+    local = out is not None and origin.name not in EMBEDDED and Path(origin.name).is_dir()
     return {
         "name": origin.name,
         "sha256": origin.sha256,

@@ -60,6 +60,7 @@ class Plan:
                 "n": len(images.y),
                 "sha256": images.sha256,
                 "classes": list(self.task.classes),
+                "source_classes": list(self.task.source),
                 "template": self.task.template,
                 "skipped": images.skipped,
             },
@@ -113,6 +114,7 @@ def tune(
     bad input, before anything is written, and on a loss or result that is not finite.
     """
     check_seed(seed)
+    options = [options] if isinstance(options, str) else options
     if epochs is not None:
         epochs_too = {"epochs": epochs}
         options = {**options, **epochs_too} if isinstance(options, Mapping) else [*options, f"epochs={epochs}"]
@@ -124,6 +126,8 @@ def tune(
     model = runs.load(backbone) if isinstance(backbone, str) else backbone
     if out is not None and model.run and not model.run.get("folder"):
         raise UserError("the backbone was tuned in memory; tune it with out=DIR, so that this run can find it again")
+    if out is not None and str(out.resolve()) in model.folders:
+        raise UserError(f"{out} is (part of) the backbone; choose another --out")
     task = load_task(data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
     split = Split(part=part, shots=shots, seed=seed, limit=limit, resolution=side, on_bad=on_bad)
@@ -131,10 +135,11 @@ def tune(
     plan = Plan(method, chosen, recipe, pgd, model.requires_grad_(False), task, split, seed)
     models = chosen.setup(model, task.template, seed)
     config = plan.config(images, models, out)
-    if out is not None and runs.is_run(out) and resume:  # finished before
+    tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
+    if out is not None and partial is not None and resume and runs.is_run(out) and not partial.exists():
         same(out, config)
         return runs.load(str(out), str(model.device), model.precision)
-    student = fit(plan, models, images, Log(partial, config, resume), show)
+    student = fit(plan, models, tokens, images, Log(partial, config, resume), show)
     if out is not None and partial is not None:
         runs.write_run(partial, student, config, images.hashes)
         finish(partial, out)
@@ -147,13 +152,14 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed {seed} is not in 0 .. {2**31 - 1}")
 
 
-def fit(plan: Plan, models: Mapping[str, VLM], images: Images, log: Log, show: bool) -> VLM:
+def fit(
+    plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, log: Log, show: bool
+) -> VLM:
     """Run the plan; the student. Deterministic in the plan, whether resumed or not."""
     learning = {f"{m}.{n}": p for m, vlm in models.items() for n, p in vlm.named_parameters() if p.requires_grad}
     optimiser = plan.recipe.optimiser(learning.values())
     size, per_epoch, cycle = plan.steps(len(images.y))
     steps = cycle * plan.method.cycles
-    tokens = {name: vlm.tokens(plan.task.classes, plan.task.template) for name, vlm in models.items()}
     first = log.restore(learning, optimiser)
     x, y = (t.to(plan.backbone.device) for t in (images.x, images.y))
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():

@@ -70,6 +70,7 @@ class VLM(nn.Module):
         self.precision = "fp32"
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.run: dict[str, Any] = {}  # how it was tuned; empty for a zero-shot model
+        self.folders: frozenset[str] = frozenset()  # the run folders that it stands on
         self.seen: frozenset[str] = frozenset()  # content hashes of the images it was tuned on
         self._cache = TextCache()
 

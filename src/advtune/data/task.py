@@ -27,6 +27,7 @@ class Task:
 
     `spec` is what the user gave, `name` is short and for tables. `classes` are distinct texts in label order.
     `parts` are what the source has: "train" and "test", only "test", or "all" (one split, cut 80/20 at need).
+    `source` are the class names as the source has them, before any renaming.
     """
 
     spec: str
@@ -34,6 +35,7 @@ class Task:
     classes: tuple[str, ...]
     template: str
     parts: dict[str, Part]
+    source: tuple[str, ...] = ()
 
     def texts(self) -> list[str]:
         """The template filled with each class name, in label order: C texts."""
@@ -60,7 +62,8 @@ def load_task(spec: str, *, classes: Words | None = None, template: str | None =
     if classes is None and names and all(name.isdecimal() for name in names):
         warnings.warn(f"{spec}: the class texts are numbers, like the labels; give classes=", stacklevel=2)
     texts = tuple(" ".join(name.split()) for name in names)
-    task = Task(spec, source.name, texts, default if template is None else template, source.parts)
+    words = default if template is None else template
+    task = Task(spec, source.name, texts, words, source.parts, tuple(source.classes))
     check_task(task)
     return task
 

@@ -65,6 +65,7 @@ def configure(
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     what, method = f"method {name}", METHODS[name]()
+    options = [options] if isinstance(options, str) else options
     if isinstance(options, Mapping):
         pairs: Any = dict(options)
         preset = pairs.pop("preset", None)

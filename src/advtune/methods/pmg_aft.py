@@ -23,8 +23,8 @@ class PMGAFT:
 
     L = CE(f(x'), y) + alpha * KL(f0(x') || f(x')) + beta * KL(f(x) || f(x'))
 
-    Preset `paper` is the equation with CLIP's logit scale, and the template "This is a photo of a {}". Preset
-    `released` follows the published code: raw cosines as logits, ImageNet statistics for both models, KL summed
+    Preset `paper` is the equation with CLIP's logit scale (its template: --template "This is a photo of a {}").
+    Preset `released` follows the published code: raw cosines as logits, ImageNet statistics for both models, KL summed
     over the batch beside a mean cross-entropy. Two releases differ in the KLs' direction: the preset takes the
     paper's, direction=adversarial-first is the other's.
     """
