@@ -26,7 +26,7 @@ TRANSFER = ("cifar10", "caltech101", "fashion-mnist")
 # Chosen on training images alone (docs/log.md): the papers' rates are for a logit scale of 100 and far longer runs,
 # and with plain SGD the image tower of lit-s14-112 falls apart within three steps at 2e-5.
 TOWER = {"optimizer": "adamw", "lr": 2e-5, "batch_size": 64}
-PROMPT = {"lr": 0.1, "batch_size": 8, "augment": False}
+PROMPT = {"optimizer": "adamw", "lr": 1e-3, "batch_size": 8, "augment": False}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-shot": ("zero-shot", {}),
     "capt": ("capt", PROMPT),
