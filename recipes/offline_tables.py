@@ -6,7 +6,7 @@ Hardware: the whole grid is for an accelerator (minutes); --subset fits two CPU 
 Few-shot: every method, caltech101, cifar10, grocery, tinyimagenet, 1/4/16 shots, seeds 0-2, 1/255 and 4/255.
 Transfer: TeCoA and PMG-AFT tuned on tinyimagenet, evaluated zero-shot on cifar10, caltech101, fashion-mnist.
 `plain` is the plain form of CAPT and APD: cross-entropy on x' alone with the same prompts (AdvMaPLe, AdvVLP).
-Obtained: docs/log.md. The backbone is a stand-in; these are not numbers of CLIP.
+Obtained: docs/log.md (the subset). The backbone is a stand-in; these are not numbers of CLIP.
 """
 
 from __future__ import annotations
