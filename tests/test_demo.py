@@ -30,7 +30,8 @@ def test_the_demo_options_are_known():
     from advtune.methods import configure
 
     for entry in demo.ENTRIES:
-        configure(entry.method, entry.options)
+        method, recipe, _ = configure(entry.method, entry.options)
+        assert all(getattr(method, k, getattr(recipe, k, None)) == v for k, v in entry.options.items())
 
 
 def test_the_card_of_the_embedded_backbone():

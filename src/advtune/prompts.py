@@ -46,7 +46,6 @@ class Prompts(nn.Module):
         blank = clip.image.position[1:].mean(0).detach().cpu()
         if start is not None and text:
             words[0, : len(start)] = start[:text].detach().cpu()
-        self.coupling = coupling
         self.text: nn.Parameter | None = None
         self.image: nn.Parameter | None = None
         self.maps: LayerMaps | None = None

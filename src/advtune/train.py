@@ -116,8 +116,7 @@ def tune(
     check_seed(seed)
     options = [options] if isinstance(options, str) else options
     if epochs is not None:
-        epochs_too = {"epochs": epochs}
-        options = {**options, **epochs_too} if isinstance(options, Mapping) else [*options, f"epochs={epochs}"]
+        options = {**options, "epochs": epochs} if isinstance(options, Mapping) else [*options, f"epochs={epochs}"]
     chosen, recipe, pgd = configure(method, options, attack)
     if method == "zero-shot":
         raise UserError("zero-shot trains nothing; use: advtune evaluate zero-shot")

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -28,7 +27,6 @@ from advtune.progress import track
 
 DECODER = f"1, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
 _warned: set[str] = set()
-T = TypeVar("T")
 
 
 @dataclass
