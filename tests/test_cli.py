@@ -61,7 +61,7 @@ def test_train_evaluate_report(run, base, capsys, tmp_path):
     assert main(["evaluate", "zero-shot", *base, *PGD, "--out", str(tmp_path / "zero")]) == 0
     printed = capsys.readouterr().out
     assert "clean" in printed
-    assert "robust under pgd eps=2/255 steps=3" in printed
+    assert "robust under pgd linf eps=2/255 steps=3" in printed
     assert "n=12" in printed
     for kind in ("markdown", "csv", "latex", "json"):
         assert main(["report", str(tmp_path), "--format", kind]) == 0

@@ -1,6 +1,7 @@
 """Sources, class names, decoding and the decoded cache."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -14,11 +15,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 from advtune import progress
 from advtune.data import Split, images, load_images, load_task
+from advtune.data.cache import create, load
 from advtune.data.catalog import catalog
 from advtune.errors import UserError
 
@@ -518,22 +521,34 @@ def test_another_decoder_is_another_key(tmp_path, decodes, monkeypatch):
     assert len(decodes) == 24
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: data[:3], lambda data: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-10],
+        lambda data: data + b"0",
+        lambda data: data[:3],
+        lambda data: b"",
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: data.replace(b'"x"', b'"y"'),
+    ],
+)
 def test_damaged_cache_is_remade(tmp_path, decodes, damage):
     task, split, cache = load_task(write_folder(tmp_path / "set")), Split(resolution=8), tmp_path / "cache"
-    first = load_images(task, split, cache=cache)
+    wanted = load_images(task, split, cache=cache).x.clone()  # the pixels themselves are mapped from the file
     (file,) = cache.iterdir()
     data = file.read_bytes()
     file.write_bytes(damage(data))
-    assert torch.equal(load_images(task, split, cache=cache).x, first.x)
+    assert torch.equal(load_images(task, split, cache=cache).x, wanted)
     assert len(decodes) == 24 and file.read_bytes() == data and list(cache.iterdir()) == [file]
 
 
 def test_changing_the_pixels_does_not_reach_the_cache(tmp_path):
     task, split, cache = load_task(write_folder(tmp_path / "set")), Split(resolution=8), tmp_path / "cache"
-    wanted = load_images(task, split, cache=cache).x.clone()
-    load_images(task, split, cache=cache).x.zero_()
-    assert torch.equal(load_images(task, split, cache=cache).x, wanted)
+    first = load_images(task, split, cache=cache)
+    wanted = first.x.clone()
+    for found in (first, load_images(task, split, cache=cache)):
+        found.x.zero_()
+        assert torch.equal(load_images(task, split, cache=cache).x, wanted)
 
 
 def test_unwritable_cache_warns_once(tmp_path):
@@ -543,6 +558,101 @@ def test_unwritable_cache_warns_once(tmp_path):
         for _ in range(2):
             found = load_images(task, Split(resolution=8), cache=tmp_path / "file")
     assert len(found.x) == 12 and len(caught) == 1
+
+
+def test_the_cache_is_a_safetensors_file(tmp_path):
+    spec, cache = write_folder(tmp_path / "set"), tmp_path / "cache"
+    (tmp_path / "set/test/cat/22.png").write_bytes(b"")
+    found = load_images(load_task(spec), Split(resolution=5, on_bad="skip"), cache=cache)
+    (file,) = cache.iterdir()
+    stored = safetensors.torch.load_file(file)
+    assert set(stored) == {"x", "good"} and stored["good"].dtype == torch.bool and stored["good"].sum() == 11
+    assert stored["x"].shape == (12, 3, 5, 5) and torch.equal(stored["x"][stored["good"]], found.x)
+    safetensors.torch.save_file(stored, tmp_path / "theirs")  # what earlier versions wrote is still a cache
+    theirs = load(tmp_path / "theirs", 12)
+    assert torch.equal(theirs[0], stored["x"]) and torch.equal(theirs[1], stored["good"])
+    assert load(tmp_path / "theirs", 11) is None
+
+
+MEASURE = r"""
+import re, sys
+from pathlib import Path
+from advtune.data import Split, load_images, load_task
+
+def anonymous():
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+task = load_task(sys.argv[1])
+load_images(task, Split("all", resolution=1))  # so that torch, Pillow and the threads are there
+before = anonymous()
+found = load_images(task, Split("all", resolution=224))
+assert found.x.numel() > 60e6 and found.x.amax() == 200
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    data = encode(Image.new("RGB", (8, 8), (200, 100, 0)))
+    spec = write_folder(tmp_path, [("", i % 2, data) for i in range(400)], split=False)
+    for _ in ("decoded", "from the cache"):
+        done = subprocess.run([sys.executable, "-c", MEASURE, spec], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < 25e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_cache_larger_than_memory_is_mapped(tmp_path, monkeypatch):
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("here, no memory is promised that is not there")
+    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    memory = sum(int(sizes[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    n = 2 * memory // (3 * 224 * 224)
+    monkeypatch.delattr(os, "posix_fallocate")  # the file is nothing but a hole
+    create(tmp_path / "hole", (n, 3, 224, 224))
+    x, good = load(tmp_path / "hole", n)
+    assert x.nbytes > 1.9 * memory and not x[-1].any() and not good[-1]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP, None], ids=["full", "unsupported", "absent"])
+def test_space_is_reserved(tmp_path, monkeypatch, code, decodes):
+    """A full disk costs the cache, not the run; where space cannot be reserved, it is not."""
+    task, split, cache = load_task(write_folder(tmp_path / "set")), Split(resolution=8), tmp_path / "cache"
+    wanted = load_images(task, split).x
+
+    def reserve(*_):
+        raise OSError(code, os.strerror(code))
+
+    if code:
+        monkeypatch.setattr(os, "posix_fallocate", reserve, raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = load_images(task, split, cache=cache)
+    assert torch.equal(found.x, wanted)
+    if code == errno.ENOSPC:
+        assert [f"images are not cached: {cache}: No space left" in str(w.message) for w in caught] == [True]
+        assert list(cache.iterdir()) == [] and caught[0].filename == __file__
+    else:
+        assert not caught and [file.suffix for file in cache.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_what_stops_decoding_leaves_no_file(tmp_path, monkeypatch, error):
+    task, cache, real = load_task(write_folder(tmp_path / "set")), tmp_path / "cache", images.decode
+    calls, seen = [], []
+
+    def decode(*args):
+        calls.append(1)
+        if len(calls) == 12:
+            seen.extend(cache.glob("*.tmp"))
+            raise error("stop")
+        return real(*args)
+
+    monkeypatch.setattr(images, "decode", decode)
+    with pytest.raises(error, match="stop"):
+        load_images(task, Split(resolution=8), cache=cache)
+    assert len(seen) == 1 and list(cache.iterdir()) == []
 
 
 def test_cache_place(monkeypatch, tmp_path):

@@ -20,9 +20,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from advtune.attacks import ATTACKS as ATTACKS
     from advtune.attacks import PGD as PGD
+    from advtune.attacks import AutoAttack as AutoAttack
+    from advtune.comparison import compare as compare
     from advtune.data import load_task as load_task
     from advtune.errors import UserError as UserError
     from advtune.evaluation import evaluate as evaluate
+    from advtune.evaluation import evaluate_curve as evaluate_curve
     from advtune.methods import METHODS as METHODS
     from advtune.results import Row as Row
     from advtune.runs import load as load
@@ -31,12 +34,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ATTACKS": "attacks",
+    "AutoAttack": "attacks",
     "METHODS": "methods",
     "PGD": "attacks",
     "Row": "results",
     "UserError": "errors",
     "VLM": "vlm",
+    "compare": "comparison",
     "evaluate": "evaluation",
+    "evaluate_curve": "evaluation",
     "load": "runs",
     "load_task": "data",
     "tune": "train",

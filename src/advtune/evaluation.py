@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from advtune import runs
-from advtune.attacks import ATTACKS, Attack
-from advtune.attacks.pgd import gradient
-from advtune.data import Images, Split, Task, load_images, load_task
+from advtune.attacks import Attack, Transfer
+from advtune.attacks.gradients import Function
+from advtune.checks import IMAGES, Sample, check, zero_share
+from advtune.data import Split, Task, load_images, load_task
+from advtune.data.images import cache_dir
 from advtune.errors import UserError
-from advtune.losses import cross_entropy
-from advtune.options import as_options
 from advtune.progress import progress
-from advtune.results import Row, accuracy, flag_text
+from advtune.results import Row
+from advtune.rows import Setting, attack_facts, row, threat_model
 from advtune.train import check_seed
 from advtune.vlm import VLM
+from advtune.withstand import Journal, Outcome, withstand
 
-WHITE_BOX = "white-box: the attacked function is the scored one"
 GRADIENT_SAMPLE = 128  # images whose input gradients are looked at for exact zeros
 
 
@@ -38,33 +41,77 @@ def evaluate(
     on_bad: str = "fail",
     batch_size: int = 64,
     seed: int = 0,
+    checks: bool | None = None,
+    source: VLM | str | None = None,
+    defence: Function | None = None,
+    resume: bool = False,
     show: bool = True,
 ) -> Row:
     """Clean accuracy and, with an attack, robust accuracy of a model on a data set; one result row.
 
     An image counts as robust when it is classified correctly both clean and attacked. Class names and template
-    come from the data set, so a tuned model on another set is a cross-dataset evaluation. Raises UserError on
-    bad input.
+    come from the data set, so a tuned model on another set is a cross-dataset evaluation. checks: look for signs
+    that the number is too high (default: with AutoAttack). source: make the adversarial images on this other model
+    (transfer). defence: a step on the images before the model, attacked through. resume: keep a journal in the
+    cache folder, and go on from it; only for models read from disk. Raises UserError on bad input.
     """
+    return evaluate_all(
+        model, data, [attack], part=part, limit=limit, resolution=resolution, on_bad=on_bad, batch_size=batch_size,
+        seed=seed, checks=checks, source=source, defence=defence, resume=resume, show=show,
+    )[0]  # fmt: skip
+
+
+def evaluate_curve(model: VLM | str, data: Task | str, attack: Attack, eps: Sequence[float], **how: Any) -> list[Row]:
+    """Robust accuracy over eps: a row for each, ascending. What fell at a smaller eps is not attacked again: it lies
+    in the larger ball, too. `how`: the keyword arguments of `evaluate`. Raises UserError on bad input."""
+    if not eps or len(set(eps)) < len(eps):
+        raise UserError("a curve needs different values of eps: eps=0,1/255,2/255")
+    attacks: Any = [dataclasses.replace(attack, eps=value) for value in sorted(eps)]  # type: ignore[type-var]
+    return evaluate_all(model, data, attacks, **how)
+
+
+def evaluate_all(
+    model: VLM | str, data: Task | str, attacks: Sequence[Attack | None], *, part: str = "test",
+    limit: int | None = None, resolution: int | str | None = None, on_bad: str = "fail", batch_size: int = 64,
+    seed: int = 0, checks: bool | None = None, source: VLM | str | None = None, defence: Function | None = None,
+    resume: bool = False, show: bool = True,
+) -> list[Row]:  # fmt: skip
+    """A row for each attack; the balls of later ones hold those of earlier ones. Arguments: see `evaluate`."""
     begin = time.monotonic()
     check_seed(seed)
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 image is needed")
     model = runs.load(model) if isinstance(model, str) else model
+    source = runs.load(source, str(model.device)) if isinstance(source, str) else source
     task = task_for(model, data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
     split = Split(part=part, limit=limit, resolution=side, on_bad=on_bad)
     images = load_images(task, split, progress=show)
-    tokens = model.tokens(task.classes, task.template)
-    with torch.no_grad():
-        f = model.classifier(tokens)
-    clean = predict(f, images, batch_size, model.device, show) == images.y
-    robust, zero = None, None
-    if attack is not None:
-        robust = withstand(f, images, clean, attack, batch_size, model.device, seed, show)
-        zero = zero_gradients(f, images, model.device, batch_size)
-    facts = None if attack is None else {**attack_facts(attack), "seed": seed}
-    return row(model, task, split, images, facts, clean, robust, zero, batch_size, time.monotonic() - begin)
+    threat = threat_model(source, defence, attacks[-1])
+    s = Setting(model, task, split, images, lambda x: x, batch_size, seed, show, threat, source, defence)
+    s = dataclasses.replace(s, f=s.function(model))
+    clean = predict(s) == images.y
+    if attacks[0] is None:
+        return [row(s, None, clean, None, None, [], time.monotonic() - begin)]
+    zero = zero_gradients(s)
+    journal = Journal(journal_path(s, attacks) if resume else None)
+    stands, rows = clean, []
+    for number, attack in enumerate(attacks):
+        assert attack is not None
+        if source is not None:
+            attack = Transfer(attack, s.function(source))
+        label = f"eps {attack.eps * 255:g}/255 " if len(attacks) > 1 else ""
+        outcome = withstand(s.f, images, stands, attack, batch_size, model.device, seed, show, journal, label)
+        stands = outcome.stands
+        findings = []
+        if checks if checks is not None else attack.name == "autoattack":
+            with progress(f"{label}checks", 1, "check", show, brief=True), torch.random.fork_rng():
+                torch.manual_seed(seed)
+                findings = check(sample(s, attack, clean, outcome, zero["share"]))
+        rows.append(row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0))
+        begin = time.monotonic()
+    journal.close()
+    return rows
 
 
 def task_for(
@@ -79,12 +126,12 @@ def task_for(
     return load_task(data, classes=words, template=template or train["template"])
 
 
-def predict(f: Callable[[Tensor], Tensor], images: Images, size: int, device: torch.device, show: bool) -> Tensor:
+def predict(s: Setting) -> Tensor:
     """Predicted labels [N] of clean images."""
     found = []
-    with progress("clean", len(images.y), "image", show) as advance, torch.no_grad():
-        for x in images.x.split(size):
-            logits = f(x.to(device).float() / 255)
+    with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad():
+        for x in s.images.x.split(s.size):
+            logits = s.f(x.to(s.model.device).float() / 255)
             if not bool(logits.isfinite().all()):
                 raise UserError("the model's logits are not finite; it diverged in tuning, or its weights are damaged")
             found.append(logits.argmax(1).cpu())
@@ -92,92 +139,70 @@ def predict(f: Callable[[Tensor], Tensor], images: Images, size: int, device: to
     return torch.cat(found)
 
 
-def withstand(
-    f: Callable[[Tensor], Tensor], images: Images, clean: Tensor, attack: Attack, size: int,
-    device: torch.device, seed: int, show: bool,
-) -> Tensor:  # fmt: skip
-    """Which images [N] stand: correct clean and correct under the attack. Those wrong clean are not attacked."""
-    stands = clean.clone()
-    rows = clean.nonzero().squeeze(1)
-    with progress("attack", len(rows), "image", show) as advance, torch.random.fork_rng():
-        for some in rows.split(size):
-            torch.manual_seed(seed * 1_000_003 + int(some[0]))
-            x, y = images.x[some].to(device).float() / 255, images.y[some].to(device)
-            x_adv = attack(f, x, y)
-            check_budget(x, x_adv, attack)
-            with torch.no_grad():
-                stands[some] = (f(x_adv).argmax(1) == y).cpu()
-            advance(len(some), note=f"{int(stands[rows[rows <= some[-1]]].sum())} stand")
-    return stands
-
-
-def check_budget(x: Tensor, x_adv: Tensor, attack: Attack) -> None:
-    """Raises RuntimeError when an attack left its ball or [0, 1]: such a number would mean nothing."""
-    far = float((x_adv - x).abs().max())
-    if not (far <= attack.eps + 1e-6 and float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1):  # nan is out, too
-        raise RuntimeError(f"attack {type(attack).__name__} left its budget: moved {far:.6f}, eps {attack.eps:.6f}")
-
-
-def zero_gradients(f: Callable[[Tensor], Tensor], images: Images, device: torch.device, size: int) -> dict[str, float]:
+def zero_gradients(s: Setting) -> dict[str, float]:
     """The share of input gradients that are exactly zero, over the first images: a high share means that the
     attack is blind, not that the model is robust."""
-    zeros, total, n = 0, 0, min(GRADIENT_SAMPLE, len(images.y))
-    for x, y in zip(images.x[:n].split(size), images.y[:n].split(size), strict=True):
-        slope = gradient(f, x.to(device).float() / 255, y.to(device), cross_entropy)[0]
-        zeros, total = zeros + int((slope == 0).sum()), total + slope.numel()
-    return {"share": zeros / total, "n": n}
+    n = min(GRADIENT_SAMPLE, len(s.images.y))
+    total = 0.0
+    for rows in torch.arange(n).split(s.size):
+        x, y = some(s, rows)
+        total += zero_share(s.f, x, y) * len(rows)
+    return {"share": total / n, "n": n}
 
 
-def row(
-    model: VLM, task: Task, split: Split, images: Images, attack: dict[str, Any] | None,
-    clean: Tensor, robust: Tensor | None, zero: dict[str, float] | None, size: int, seconds: float,
-) -> Row:  # fmt: skip
-    """Everything a table needs of one evaluation."""
-    run = model.run
-    texts = hashlib.sha256("\n".join(task.texts()).encode()).hexdigest()
-    train = {k: v for k, v in run.get("train", {}).items() if k != "source_classes"}
-    if train:
-        train |= {"classes": len(train["classes"]), "attack": run["attack"]}
-    notes = list(run.get("notes", []))
-    known = sum(sha in model.seen for sha in runs.short(images.hashes))
-    if known:
-        notes.append(f"{known} of the {len(images.y)} images were tuned on")
-    return Row(
-        run=run.get("folder", ""),
-        method=run.get("method", "zero-shot"),
-        options=run.get("options", {}),
-        reconstructed=run.get("reconstructed", []),
-        recipe=run.get("recipe", {}),
-        train=train or None,
-        backbone=run["backbone"] if run else runs.backbone_facts(model),
-        data={
-            "spec": task.spec,
-            "name": task.name,
-            **asdict(split),
-            "n": len(images.y),
-            "sha256": images.sha256,
-            "classes": len(task.classes),
-            "template": task.template,
-            "texts_sha256": texts,
-            "skipped": images.skipped,
-        },
-        attack=attack,
-        threat=WHITE_BOX if attack else "",
-        clean=accuracy(clean.tolist()),
-        robust=None if robust is None else accuracy(robust.tolist()),
-        zero_gradient=zero,
-        precision=model.precision,
-        device=runs.device_name(model.device),
-        batch_size=size,
-        seconds=round(seconds, 2),
-        versions=runs.versions(),
-        notes=notes,
-        flags={"clean": flag_text(clean.tolist())} | ({} if robust is None else {"robust": flag_text(robust.tolist())}),
-    )
+def some(s: Setting, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, S, S] in [0, 1] and labels [B] of these rows, on the model's device."""
+    return s.images.x[rows].to(s.model.device).float() / 255, s.images.y[rows].to(s.model.device)
 
 
-def attack_facts(attack: Attack) -> dict[str, Any]:
-    """The attack's name and budget, with the step length that was really used."""
-    name = next((name for name, kind in ATTACKS.items() if type(attack) is kind), type(attack).__name__)
-    facts = {"name": name, **as_options(attack)}
-    return facts | ({"step_size": attack.step} if hasattr(attack, "step") else {})
+def sample(s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: float) -> Sample:
+    """What the checks look at: some of the images that are classified correctly, over the whole set."""
+    rows = clean.nonzero().squeeze(1)
+    rows = rows[torch.linspace(0, len(rows) - 1, min(IMAGES, len(rows))).round().long()] if len(rows) else rows
+    x, y = some(s, rows)
+    blind = next((stage["fell"] for stage in outcome.stages[1:] if stage["attack"] == "square"), None)
+    other = other_model(s)
+    return Sample(
+        s.f, x, y, outcome.stands[rows].to(y.device), attack, zero,
+        exact=in_fp32(s) if s.model.precision == "bf16" else None, fresh=s.function(s.model),
+        source=None if other is None else s.function(other), fell_blind=blind, total=len(s.images.y),
+    )  # fmt: skip
+
+
+def in_fp32(s: Setting) -> Function:
+    """The scored function without bf16."""
+    f = s.function(s.model)
+
+    def exact(x: Tensor) -> Tensor:
+        s.model.precision = "fp32"
+        try:
+            return f(x)
+        finally:
+            s.model.precision = "bf16"
+
+    return exact
+
+
+def other_model(s: Setting) -> VLM | None:
+    """A model to transfer from: the one given, else the backbone before it was tuned, else the embedded one."""
+    if s.source is not None:
+        return None  # the row is a transfer already
+    facts, folder = s.model.run.get("backbone"), s.model.run.get("folder", "")
+    name = "mini" if s.model.origin.name != "mini" else ""
+    if facts is not None:
+        name = str(Path(folder) / facts["path"]) if facts["path"] and folder else facts["name"]
+    try:
+        return runs.load(name, str(s.model.device), s.model.precision) if name else None
+    except UserError:  # a backbone that was tuned in memory, or is gone
+        return None
+
+
+def journal_path(s: Setting, attacks: Sequence[Any]) -> Path:
+    """A file for what is done of this evaluation, named by all that decides its bits."""
+    facts = [
+        [attack_facts(attack) for attack in attacks], s.threat, s.source and s.source.origin.sha256,
+        s.model.origin.sha256, repr(s.model.clip.config), s.model.precision, runs.device_name(s.model.device),
+        runs.versions(), s.images.sha256, s.split.resolution, s.task.texts(), s.size, s.seed,
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return cache_dir() / "evaluations" / f"{key}.jsonl"

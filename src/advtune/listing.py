@@ -42,8 +42,8 @@ def _attacks() -> list[dict[str, Any]]:
     from advtune.attacks import ATTACKS
 
     return [
-        {"name": name, "about": (kind.__doc__ or "").strip().splitlines()[0], "options": describe(kind)}
-        for name, kind in ATTACKS.items()
+        {"name": name, "about": (attack.__doc__ or "").strip().splitlines()[0], "options": describe(attack)}
+        for name, attack in ATTACKS.items()
     ]
 
 

@@ -3,6 +3,7 @@ its gradient does not shrink with the batch, and a method averages them over the
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,3 +22,34 @@ def kl(p: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
     """
     log_p, log_q = (p / temperature).log_softmax(-1), (q / temperature).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{c != y} z_c - z_y of each image, above 0 when it is misclassified: logits [B, C], labels y [B] -> [B].
+
+    Carlini and Wagner's f_6 without its bound (arXiv:1608.04644); papers call PGD on it CW.
+    """
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, (max_{c != y} z_c - z_y) / (z_1st - z_3rd) (Croce and Hein, arXiv:2003.01690):
+    it does not change with the logit scale. With two classes there is no third: the margin alone.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, to: Tensor) -> Tensor:
+    """(z_to - z_y) / (z_1st - (z_3rd + z_4th) / 2), to be raised: logits [B, C], labels y, targets `to` [B] -> [B].
+
+    Croce and Hein, arXiv:2003.01690. With two or three classes there is no fourth: z_to - z_y alone.
+    """
+    z_to, z_y = (logits.gather(1, c[:, None]).squeeze(1) for c in (to, y))
+    if logits.shape[1] < 4:
+        return z_to - z_y
+    top = logits.topk(4, dim=1).values
+    return (z_to - z_y) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)

@@ -93,13 +93,15 @@ class Row:
     clean: dict[str, Any]
     robust: dict[str, Any] | None = None
     zero_gradient: dict[str, Any] | None = None  # share, n
+    stages: list[dict[str, Any]] = field(default_factory=list)  # of the attack: name, attacked, fell, seconds
+    checks: list[dict[str, Any]] = field(default_factory=list)  # findings: name, alarm, value, limit, n, text
     precision: str = "fp32"
     device: str = ""
     batch_size: int = 0
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    flags: dict[str, str]  # "clean", "robust": one 0 or 1 an image, in the split's order
+    flags: dict[str, str]  # clean, robust, after <stage>: one 0 or 1 an image, in the split's order
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:

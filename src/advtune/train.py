@@ -52,7 +52,7 @@ class Plan:
             "options": as_options(self.method),
             "reconstructed": [fact["name"] for fact in describe(self.method) if fact["reconstructed"]],
             "recipe": as_options(self.recipe),
-            "attack": {"name": "pgd", **as_options(self.attack), "step_size": self.attack.step},
+            "attack": {"name": self.attack.name, **as_options(self.attack), "step_size": self.attack.step},
             "train": {
                 "spec": self.task.spec,
                 "name": self.task.name,

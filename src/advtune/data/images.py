@@ -6,8 +6,8 @@ import json
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from advtune.data.cache import Arrays, cache_dir, create, in_memory, load, replacing
 from advtune.data.fewshot import Split, select
 from advtune.data.sources import Part
 from advtune.data.task import Task
@@ -26,6 +25,7 @@ from advtune.errors import UserError
 from advtune.progress import track
 
 DECODER = f"1, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
+Decoded = tuple[torch.Tensor, torch.Tensor, dict[int, str]]  # x uint8 [N, 3, S, S], good bool [N], why bad
 _warned: set[str] = set()
 
 
@@ -55,12 +55,8 @@ def load_images(task: Task, split: Split, *, cache: Path | None = None, progress
     records = select(task, split, partial(track, label="reading", show=progress))
     hashes, y = records.hashes(), torch.tensor(records.labels, dtype=torch.int64)
     file = (cache or cache_dir()) / f"{cache_key(hashes, split.resolution)}.safetensors"
-    stored = _load(file, len(records))
-    if stored is None:
-        x, good, reasons = decode_all(records, split.resolution, progress)
-        _save(file, x, good)
-    else:
-        (x, good), reasons = stored, {}
+    stored = load(file, len(records))
+    x, good, reasons = (*stored, {}) if stored else decode_into(file, records, split.resolution, progress)
     bad = [i for i, ok in enumerate(good.tolist()) if not ok]
     if bad and (split.on_bad == "fail" or len(bad) == len(records)):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -111,16 +107,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def decode_into(file: Path, records: Part, resolution: int | str, progress: bool) -> Decoded:
+    """`decode_all` by way of `file`, so that x need not fit into memory; without it, with a warning, if it cannot
+    be written."""
+    try:
+        with replacing(file) as beside:
+            reasons = decode_all(records, resolution, progress, partial(create, beside))[2]
+    except OSError as error:
+        if str(file.parent) not in _warned:
+            _warned.add(str(file.parent))
+            reason = error.strerror or str(error).splitlines()[0]
+            warnings.warn(f"images are not cached: {file.parent}: {reason}; set ADVTUNE_CACHE", stacklevel=3)
+    else:
+        if stored := load(file, len(records)):
+            return *stored, reasons
+    return decode_all(records, resolution, progress, in_memory)
+
+
 def decode_all(
-    records: Part, resolution: int | str, progress: bool
-) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-    """x uint8 [N, 3, S, S], good bool [N], reasons of the bad. Raises UserError on mixed native sizes."""
+    records: Part, resolution: int | str, progress: bool, room: Callable[[tuple[int, ...]], Arrays]
+) -> Decoded:
+    """Decode into what `room` gives for a shape of x, zeroed. Raises UserError on mixed native sizes."""
     n, reasons, failed = len(records), dict[int, str](), dict[int, tuple[int, ...]]()
     lock = threading.Lock()
-    x: np.ndarray | None = None
+    arrays: Arrays | None = None
 
     def one(i: int) -> None:
-        nonlocal x
+        nonlocal arrays
         try:
             pixels = decode(records.read(i), resolution)
         except UserError:
@@ -129,58 +142,25 @@ def decode_all(
             reasons[i] = (str(error).splitlines() or [type(error).__name__])[0][:120]
             return
         with lock:
-            if x is None:
-                x = np.zeros((n, *pixels.shape), np.uint8)
+            if arrays is None:
+                arrays = room((n, *pixels.shape))
+        x, good = arrays
         if pixels.shape != x.shape[1:]:
             failed[i] = pixels.shape
         else:
-            x[i] = pixels
+            x[i], good[i] = pixels, True
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in track(pool.map(one, range(n)), "decoding", total=n, show=progress):
             pass
-    if failed and x is not None:
+    x, good = arrays or room((n, 3, 1, 1))
+    if failed:
         (i, (_, h, w)), (_, _, height, width) = min(failed.items()), x.shape
         sizes = f"{width}x{height} and {w}x{h} ({records.ids[i]})"
         raise UserError(f"native resolution needs one size, but there are {sizes}; give a side such as 224")
-    good = torch.ones(n, dtype=torch.bool)
-    good[list(reasons)] = False
-    return torch.from_numpy(np.zeros((n, 3, 1, 1), np.uint8) if x is None else x), good, reasons
-
-
-def cache_dir() -> Path:
-    """$ADVTUNE_CACHE, else $XDG_CACHE_HOME/advtune, else ~/.cache/advtune."""
-    if given := os.environ.get("ADVTUNE_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "advtune"
+    return torch.from_numpy(x), torch.from_numpy(good), reasons
 
 
 def cache_key(hashes: list[str], resolution: int | str) -> str:
     """SHA-256 of the decoder, the resolution and the content hashes in order; names play no part."""
     return hashlib.sha256(json.dumps([DECODER, resolution, hashes]).encode()).hexdigest()
-
-
-def _load(file: Path, n: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    try:
-        stored = load_file(file)  # a truncated file fails here: the header says how long it must be
-        x, good = stored["x"], stored["good"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return (x, good) if len(x) == len(good) == n else None
-
-
-def _save(file: Path, x: torch.Tensor, good: torch.Tensor) -> None:
-    beside = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"x": x, "good": good}, beside)
-        with beside.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(beside, file)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            beside.unlink()
-        if str(file.parent) not in _warned:
-            _warned.add(str(file.parent))
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            warnings.warn(f"images are not cached: {file.parent}: {reason}; set ADVTUNE_CACHE", stacklevel=3)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from advtune.errors import UserError
@@ -58,7 +58,7 @@ def heading(section: Sequence[Line]) -> str:
     size = f", {_size(line['resolution'])} px" if line["resolution"] else ""
     attack = line["attack"] or "no attack"
     if line["eps"] is not None:
-        attack += f" eps {pixels(line['eps'])}"
+        attack += f"{'' if line['norm'] == 'linf' else ' ' + line['norm']} eps {pixels(line['eps'])}"
     if line["steps"] is not None:
         attack += f", {line['steps']} steps"
     return f"{data}, {n}{size} · {attack} · {line['backbone']}"
@@ -101,6 +101,16 @@ def footnotes(section: Sequence[Line]) -> list[str]:
                 f"(n = {line['zero_gradient_n']}) were exactly zero; the attack may have seen nothing, "
                 "so the robust accuracy may be too high."
             )
+    for line in section:
+        if len(line["stages"]) > 1:
+            counts = (f"{each['attack']} broke {each['fell']} of {each['attacked']}" for each in line["stages"])
+            notes.append(f"{label(line)}: {', '.join(counts)}.")
+        notes += [f"Alarm, {label(line)}: {each['text']}." for each in line["alarms"]]
+    checked = {each for line in section for each in line["checks"]}
+    if checked and not any(line["alarms"] for line in section):
+        notes.append(
+            f"Checks without an alarm: {', '.join(sorted(checked))}. They prove nothing; they look for masking."
+        )
     notes += [f"Backbone {line['backbone']}: {line['notice']}" for line in section if line["notice"]]
     if len({sha for line in section for sha in line["data_sha256"]}) > 1:
         notes.append("Not all numbers here come from the same images (the sha256 of the data differ).")
@@ -146,19 +156,19 @@ def _cells(section: Sequence[Line]) -> list[list[str]]:
 def _markdown(lines: Sequence[Line]) -> str:
     blocks = []
     for section in sections(lines):
-        blocks.append(f"### {_md(heading(section))}")
+        blocks.append(f"### {escape(heading(section))}")
         if below := subheading(section):
-            blocks.append(_md(below))
+            blocks.append(escape(below))
         header, *body = _cells(section)
         rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
-        table_lines = [[_md(cell) for cell in header], rule, *([_md(cell) for cell in line] for line in body)]
+        table_lines = [[escape(cell) for cell in header], rule, *([escape(cell) for cell in line] for line in body)]
         blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in table_lines))
-        blocks += [_md(note) for note in footnotes(section)]
-        blocks.append(_settings(section, _md))
-    return "\n\n".join([*blocks, _md(CAPTION)]) + "\n"
+        blocks += [escape(note) for note in footnotes(section)]
+        blocks.append(_settings(section))
+    return "\n\n".join([*blocks, escape(CAPTION)]) + "\n"
 
 
-def _settings(section: Sequence[Line], escape: Callable[[str], str]) -> str:
+def _settings(section: Sequence[Line]) -> str:
     """Every setting of every line, folded away; GitHub renders it."""
     items = []
     for line in section:
@@ -209,7 +219,7 @@ def _json(lines: Sequence[Line]) -> str:
     return json.dumps(lines, indent=2, allow_nan=False) + "\n"
 
 
-def _md(text: str) -> str:
+def escape(text: str) -> str:
     """Plain text for GitHub: no table bar, emphasis, link, HTML or formula comes out of a name."""
     text = re.sub(r"([\\`*\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)

@@ -25,8 +25,8 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not rows:
         raise UserError("no result rows to report; evaluate something first or name another file")
     lines = []
-    for number, section in enumerate(_group(_latest(rows), _section_key).values()):
-        groups = list(_group(section, _line_key).values())
+    for number, section in enumerate(group_by(_latest(rows), _section_key).values()):
+        groups = list(group_by(section, _line_key).values())
         groups.sort(key=lambda group: group[0].train is not None)
         for group, differs in zip(groups, _differences(groups), strict=True):
             lines.append({"section": number} | _line(group, differs))
@@ -35,7 +35,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def sections(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The lines of `table`, one list a section."""
-    return list(_group(lines, lambda line: line["section"]).values())
+    return list(group_by(lines, lambda line: line["section"]).values())
 
 
 def pixels(value: Any) -> str:
@@ -66,18 +66,18 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _group(items: Sequence[V], key: Callable[[V], K]) -> dict[K, list[V]]:
+def group_by(items: Sequence[V], key: Callable[[V], K]) -> dict[K, list[V]]:
     found: dict[K, list[V]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found
 
 
-def _text(facts: Any) -> str:
+def canonical(facts: Any) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-def _without(facts: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
+def without(facts: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in (facts or {}).items() if key not in keys}
 
 
@@ -85,34 +85,34 @@ def _section_key(row: Row) -> str:
     data = [row.data.get(key) for key in ("name", "part", "resolution")]
     sizes = [row.clean["n"], row.robust and row.robust["n"]]
     backbone = [row.backbone.get(key) for key in ("name", "sha256")]
-    return _text([data, sizes, _without(row.attack, "seed"), backbone])
+    return canonical([data, sizes, without(row.attack, "seed"), backbone])
 
 
-def _setting(row: Row) -> dict[str, Any]:
+def setting(row: Row) -> dict[str, Any]:
     """All that decides a row's numbers, seeds aside, and is not in its section's heading."""
-    train = _without(row.train, *VARIES)
+    train = without(row.train, *VARIES)
     if isinstance(train.get("attack"), Mapping):
-        train["attack"] = _without(train["attack"], "seed")
+        train["attack"] = without(train["attack"], "seed")
     return {
         "method": row.method,
         "options": row.options,
-        "recipe": _without(row.recipe, "seed"),
+        "recipe": without(row.recipe, "seed"),
         "train": train,
-        "data": _without(row.data, *VARIES, "name", "part", "resolution"),
+        "data": without(row.data, *VARIES, "name", "part", "resolution"),
         "threat": row.threat,
         "precision": row.precision,
     }
 
 
 def _line_key(row: Row) -> str:
-    return _text(_setting(row))
+    return canonical(setting(row))
 
 
 def _latest(rows: Sequence[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         seeds = [row.train, row.data, row.recipe, row.attack]
-        key = _section_key(row) + _line_key(row) + _text(seeds)
+        key = _section_key(row) + _line_key(row) + canonical(seeds)
         if key not in found or row.time >= found[key].time:
             found[key] = row
     return list(found.values())
@@ -124,7 +124,7 @@ def _differences(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     Options, recipe and training attack are compared within a method (but its eps in all), the training slice
     within a set, the rest in all.
     """
-    flats = [flat(_setting(group[0])) for group in groups]
+    flats = [flat(setting(group[0])) for group in groups]
     found = []
     for own in flats:
         peers = [each for each in flats if each["method"] == own["method"]]
@@ -160,7 +160,8 @@ def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
         "attack": attack.get("name"),
         "eps": attack.get("eps"),
         "steps": attack.get("steps"),
-        "attack_options": _without(attack, "name", "eps", "steps", "seed"),
+        "norm": attack.get("norm", "linf"),
+        "attack_options": without(attack, "name", "eps", "steps", "seed", "norm", "stages"),
         "backbone": row.backbone.get("name"),
         "backbone_sha256": row.backbone.get("sha256"),
         "method": row.method,
@@ -174,14 +175,18 @@ def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
     line |= _numbers("robust", [each.robust for each in group if each.robust])
     zero = [each.zero_gradient for each in group if each.zero_gradient]
     worst = max(zero, key=lambda each: each["share"]) if zero else {}
+    checks = [finding for each in group for finding in each.checks]
     return line | {
+        "stages": merged([each.stages for each in group]),
+        "checks": list(dict.fromkeys(finding["name"] for finding in checks)),
+        "alarms": [{key: finding[key] for key in ("name", "value", "text")} for finding in checks if finding["alarm"]],
         "zero_gradient_share": worst.get("share"),
         "zero_gradient_n": worst.get("n"),
         "reconstructed": sorted({name for each in group for name in each.reconstructed}),
         "notice": row.backbone.get("notice") or "",
         "notes": list(dict.fromkeys(note for each in group for note in each.notes)),
         "skipped": [each.data.get("skipped") or 0 for each in group],
-        "settings": _setting(row),
+        "settings": setting(row),
         "data_sha256": [each.data.get("sha256") for each in group],
         "texts_sha256": [each.data.get("texts_sha256") for each in group],
         "train_sha256": [(each.train or {}).get("sha256") for each in group],
@@ -190,6 +195,16 @@ def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
         "devices": [each.device for each in group],
         "advtune": [each.advtune for each in group],
     }
+
+
+def merged(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The stages of an attack with their counts summed over the seeds."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in (each for stages in runs for each in stages):
+        counts = found.setdefault(stage["attack"], {"attack": stage["attack"], "attacked": 0, "fell": 0})
+        counts["attacked"] += stage["attacked"]
+        counts["fell"] += stage["fell"]
+    return list(found.values())
 
 
 def _seed(row: Row) -> Any:

@@ -1,0 +1,132 @@
+"""The command line's arguments, with the help that teaches them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import advtune
+
+DESCRIPTION = "Adversarially robust tuning of CLIP-style models, and evaluation that can be believed."
+EPILOG = """\
+a first run, offline, on what is in the package:
+  advtune train capt --data fashion-mnist-mini --shots 16 --epochs 5 --out runs/capt
+  advtune evaluate runs/capt --data fashion-mnist-mini --limit 200 --attack pgd -a eps=1/255 -a steps=20
+  advtune report runs/capt
+
+your own images (one folder a class) and your own CLIP:
+  advtune train tecoa --backbone openai/clip-vit-base-patch32 --data folder:photos --out runs/photos
+"""
+DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
+BACKBONE_HELP = (
+    "mini, a folder in Hugging Face CLIP format, a hub id (openai/clip-vit-base-patch32), or a run folder "
+    "to tune on top of an already robust tower"
+)
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser; `args.verb` names the verb."""
+    parser = argparse.ArgumentParser(
+        prog="advtune",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"advtune {advtune.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _train(verbs)
+    _evaluate(verbs)
+    _report(verbs)
+    _compare(verbs)
+    _list(verbs)
+    _demo(verbs)
+    return parser
+
+
+def _train(verbs: Any) -> None:
+    p = verbs.add_parser("train", help="tune a backbone with a method", description="Tune a backbone with a method.")
+    p.add_argument("method", metavar="METHOD", help="tecoa, pmg-aft, capt, apd; see `advtune list methods`")
+    p.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
+    p.add_argument("--shots", type=int, metavar="K", help="training images a class (default: all)")
+    p.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the paper's)")
+    p.add_argument(
+        "-o", dest="options", action="append", default=[], metavar="KEY=VALUE",
+        help="a field of the method or its recipe: -o lam=2 -o lr=0.01",
+    )  # fmt: skip
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same bits")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
+    _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3")
+    p.set_defaults(verb="train")
+
+
+def _evaluate(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "evaluate",
+        help="clean and robust accuracy of a run or of zero-shot",
+        description="Clean and robust accuracy. DIR on another data set is cross-dataset evaluation. An evaluation "
+        "that was interrupted goes on where it was when the same command is given again.",
+    )
+    p.add_argument("model", metavar="DIR|METHOD", help="a run folder, or zero-shot with --backbone")
+    p.add_argument("--attack", metavar="NAME", help="autoattack, pgd, ... (`advtune list attacks`); none: clean only")
+    p.add_argument("--source", metavar="DIR|B", help="transfer: make the adversarial images on this other model")
+    p.add_argument("--defence", metavar="NAME", help="a step before the model, attacked through: jpeg, noise")
+    p.add_argument("--checks", action="store_true", help="look for signs that it is too high (autoattack: always)")
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
+    p.add_argument("--out", metavar="DIR", help="folder whose results.jsonl gets the row (default: the run folder)")
+    p.add_argument("--json", action="store_true", help="print the whole row as JSON")
+    _shared(p, "test", "attack's field: -a eps=1/255 -a steps=100; several eps make a curve: -a eps=0,1/255,4/255")
+    p.set_defaults(verb="evaluate")
+
+
+def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:
+    p.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
+    p.add_argument("--backbone", default=None, metavar="B", help=BACKBONE_HELP + " (default: mini)")
+    p.add_argument("-a", dest="attack_options", action="append", default=[], metavar="KEY=VALUE", help=attack_help)
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of shots, prompts and noise (default 0)")
+    p.add_argument("--limit", type=int, metavar="N", help="only N images, class-balanced")
+    p.add_argument("--part", default=part, choices=("train", "fit", "val", "test", "all"),
+                   help=f"part of the data; fit and val are disjoint parts of train (default {part})")  # fmt: skip
+    p.add_argument("--classes", metavar="JSON|NAMES", help="other class names: a JSON file, or names with commas")
+    p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the data set's)")
+    p.add_argument("--resolution", metavar="N|native", help="side of the attacked image (default: the model's)")
+    p.add_argument("--on-bad-image", default="fail", choices=("fail", "skip"), help="on a corrupt image (default fail)")
+    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+
+
+def _report(verbs: Any) -> None:
+    p = verbs.add_parser("report", help="tables from result rows", description="Tables from run folders' rows.")
+    p.add_argument("dirs", nargs="+", metavar="DIR", help="run folders, folders of run folders, or results.jsonl")
+    p.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "json"))
+    p.add_argument("--out", metavar="FILE", help="write there instead of printing")
+    p.set_defaults(verb="report")
+
+
+def _compare(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "compare",
+        help="two methods on the same images: is the difference real?",
+        description="McNemar's exact test and a bootstrap interval of the difference, on the images that both saw.",
+    )
+    for side in ("first", "second"):
+        p.add_argument(side, metavar="DIR", help=f"run folder, folder of one method's seeds, or results.jsonl ({side})")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(verb="compare")
+
+
+def _list(verbs: Any) -> None:
+    p = verbs.add_parser("list", help="what there is: methods, attacks, data, backbones", description="What there is.")
+    p.add_argument("what", choices=("methods", "attacks", "data", "backbones"))
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(verb="list")
+
+
+def _demo(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "demo",
+        help="all four methods on the embedded default, in minutes",
+        description="Tune the embedded backbone with every method on the embedded images, attack it, show a table.",
+    )
+    p.add_argument("--out", default="runs/demo", metavar="DIR", help="folder to write (default runs/demo)")
+    p.add_argument("--seed", type=int, default=0, metavar="S")
+    p.set_defaults(verb="demo")

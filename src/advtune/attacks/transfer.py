@@ -1,0 +1,37 @@
+"""Transfer: adversarial images made on one model, scored on another."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from advtune.attacks.gradients import Function
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`attack`, made on `source` and not on the model that is scored (Papernot et al., arXiv:1605.07277). Images do
+    not leave when the source is fooled: they are pushed on, to carry over."""
+
+    attack: Any
+    source: Function
+
+    name = "transfer"
+
+    @property
+    def eps(self) -> float:
+        return float(self.attack.eps)
+
+    @property
+    def norm(self) -> str:
+        return str(self.attack.norm)
+
+    def __call__(self, f: Function, x: Tensor, y: Tensor, loss: object = None) -> Tensor:
+        """Images x [B, 3, S, S] and labels y [B] -> images [B, 3, S, S]; f is not asked."""
+        attack = self.attack
+        if any(field.name == "early_stop" for field in dataclasses.fields(attack)):
+            attack = dataclasses.replace(attack, early_stop=False)
+        return attack(self.source, x, y)

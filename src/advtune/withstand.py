@@ -1,0 +1,134 @@
+"""Which images withstand an attack: over the whole set, in full batches, with a journal that a killed run goes on
+from."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advtune.attacks import Attack
+from advtune.attacks.ball import distance
+from advtune.data import Images
+from advtune.progress import progress
+
+
+class Journal:
+    """What is done of an evaluation, batch by batch, as lines of JSON; does nothing without a path.
+
+    The file's name is a hash of all that decides the evaluation, and batches come in a fixed order, so what it holds
+    is what would be computed again.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.kept = path, list[dict[str, Any]]()
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        while lines and not lines[-1].endswith("\n"):
+            lines.pop()  # cut by the kill
+        self.kept = [json.loads(line) for line in lines]
+        with path.open("w") as file:
+            file.writelines(lines)
+        self.kept.reverse()
+
+    def next(self, stage: str, rows: Tensor) -> Tensor | None:
+        """Which of these images stood, if that is known."""
+        if not self.kept:
+            return None
+        line = self.kept.pop()
+        if line["stage"] != stage or line["rows"] != rows.tolist():
+            self.kept.clear()
+            return None
+        return torch.tensor(line["stands"], dtype=torch.bool)
+
+    def add(self, stage: str, rows: Tensor, stands: Tensor) -> None:
+        """Keep an answer, on the disk before this returns."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"stage": stage, "rows": rows.tolist(), "stands": stands.tolist()}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """The evaluation is complete: its row takes the place of the journal."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Outcome:
+    """stands [N]: robust; after: the images [N] that stand after each stage; stages: a line for each, with counts."""
+
+    stands: Tensor
+    after: dict[str, Tensor] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+def withstand(
+    f: Callable[[Tensor], Tensor], images: Images, start: Tensor, attack: Attack, size: int,
+    device: torch.device, seed: int, show: bool, journal: Journal | None = None, label: str = "",
+) -> Outcome:  # fmt: skip
+    """The images of `start` [N] that are classified correctly under the attack, the others are not attacked. The
+    stages of an ensemble run in turn, each over all that still stand."""
+    journal = journal or Journal()
+    outcome = Outcome(start.clone())
+    for stage in attack.stages() if hasattr(attack, "stages") else [attack]:
+        begin, rows, key = time.monotonic(), outcome.stands.nonzero().squeeze(1), f"{label}{stage.name}"
+        with progress(key, len(rows), "image", show) as advance, torch.random.fork_rng():
+            for some, known in known_first(journal, key, rows.split(size)):
+                left = known
+                if left is None:
+                    torch.manual_seed(seed)
+                    left = attacked(f, images, some, stage, device)
+                    journal.add(key, some, left)
+                outcome.stands[some] = left
+                advance(len(some), note=f"{int(outcome.stands.sum())} of {len(images.y)} stand")
+        fell = len(rows) - int(outcome.stands.sum())
+        seconds = round(time.monotonic() - begin, 2)
+        outcome.stages.append({"attack": stage.name, "attacked": len(rows), "fell": fell, "seconds": seconds})
+        outcome.after[stage.name] = outcome.stands.clone()
+    return outcome
+
+
+def known_first(journal: Journal, stage: str, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The batches with what the journal knows of them; says once from where it goes on."""
+    told = 0
+    for rows in batches:
+        known = journal.next(stage, rows) if len(rows) else None
+        if known is not None:
+            told += len(rows)
+        elif told:
+            print(f"advtune: {stage}: {told} images were done before an interruption; going on", file=sys.stderr)
+            told = 0
+        if len(rows):
+            yield rows, known
+
+
+def attacked(
+    f: Callable[[Tensor], Tensor], images: Images, rows: Tensor, attack: Attack, device: torch.device
+) -> Tensor:
+    """Which of the images `rows` [B] are still classified correctly after the attack. Raises RuntimeError when it
+    left its budget."""
+    x, y = images.x[rows].to(device).float() / 255, images.y[rows].to(device)
+    x_adv = attack(f, x, y)
+    check_budget(x, x_adv, attack)
+    with torch.no_grad():
+        return (f(x_adv).argmax(1) == y).cpu()
+
+
+def check_budget(x: Tensor, x_adv: Tensor, attack: Attack) -> None:
+    """Raises RuntimeError when an attack left its ball or [0, 1]: such a number would mean nothing."""
+    far = float(distance(x_adv - x, attack.norm).max())
+    limit = attack.eps * (1 + 1e-5) + 1e-6
+    if not (far <= limit and float(x_adv.min()) >= 0 and float(x_adv.max()) <= 1):  # nan is out, too
+        raise RuntimeError(f"attack {attack.name} left its budget: moved {far:.6f}, eps {attack.eps:.6f}")
