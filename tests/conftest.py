@@ -119,3 +119,13 @@ def task(image_folder):
     import advtune
 
     return advtune.load_task(f"folder:{image_folder}")
+
+
+@pytest.fixture
+def short_square(monkeypatch):
+    """AutoAttack's last stage with 60 queries instead of 5000."""
+    from functools import partial
+
+    from advtune.attacks import Square, autoattack
+
+    monkeypatch.setattr(autoattack, "Square", partial(Square, queries=60))

@@ -28,7 +28,7 @@ def run(base, tmp_path, capsys):
 
 
 def failure(arguments, capsys):
-    """The one line of a refused call."""
+    """The one line of a refused call; argparse puts the usage above it."""
     try:
         code = main([str(a) for a in arguments])
     except SystemExit as stop:  # argparse
@@ -36,7 +36,9 @@ def failure(arguments, capsys):
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""
-    return printed.err.strip().splitlines()[-1]
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1 or lines[0].startswith("usage: ")
+    return lines[-1]
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["evaluate"], ["report"], ["list"], ["demo"]], ids=str)
@@ -129,7 +131,29 @@ REFUSED = {
     "eps one": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "eps=1"], "1/255"),
     "unknown attack": (["evaluate", "zero-shot", "--attack", "pgdd"], "known: pgd"),
     "attack key": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "epsilon=1/255"], "eps"),
-    "attack options alone": (["evaluate", "zero-shot", "-a", "eps=1/255"], "--attack"),
+    "attack options alone": (["evaluate", "zero-shot", "-a", "eps=1/255"], "-a goes with an attack"),
+    "source alone": (["evaluate", "zero-shot", "--source", "mini"], "--source goes with an attack"),
+    "checks alone": (["evaluate", "zero-shot", "--attack", "none", "--checks"], "--checks goes with an attack"),
+    "eps twice": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "eps=1/255,1/255"], "names a radius twice"),
+    "same eps": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "eps=1/255,2/510"], "names a radius twice"),
+    "eps option twice": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "eps=0", "-a", "eps=1/255"], "given twice"),
+    "half a curve": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "eps=1/255,"], "eps"),
+    "curve of whole pixels": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "eps=0,4"], "4/255"),
+    "eps in l2": (["evaluate", "zero-shot", "--attack", "pgd", "-a", "norm=l2", "-a", "eps=128"], "128/255"),
+    "norm": (["evaluate", "zero-shot", "--attack", "apgd-ce", "-a", "norm=l1"], "linf, l2"),
+    "ensemble's key": (
+        ["evaluate", "zero-shot", "--attack", "autoattack", "-a", "steps=5"],
+        "known: eps, norm, version",
+    ),
+    "version": (["evaluate", "zero-shot", "--attack", "autoattack", "-a", "version=fast"], "standard, rand"),
+    "transfer": (["evaluate", "zero-shot", "--attack", "transfer"], "with --source DIR the model"),
+    "no source": (["evaluate", "zero-shot", "--attack", "pgd", "--source", "./nowhere", "--out", "OUT"], "nowhere"),
+    "defence": (["evaluate", "zero-shot", "--attack", "pgd", "--defence", "blur"], "'blur'; known: jpeg, noise"),
+    "stand-in for nothing": (
+        ["evaluate", "zero-shot", "--attack", "pgd", "-a", "bpda=true", "--out", "OUT"],
+        "--defence",
+    ),
+    "stand-in of another": (["evaluate", "zero-shot", "--attack", "square", "-a", "bpda=true"], "no option bpda"),
     "too many shots": (["train", "capt", "--shots", "7", "--out", "OUT"], "7"),
     "no shots": (["train", "capt", "--shots", "0", "--out", "OUT"], "shots"),
     "two places": (["evaluate", "zero-shot", "--template", "a {} and {}"], "exactly one {}"),
@@ -233,3 +257,153 @@ def test_progress_lines_do_not_touch_stdout(run, base, capsys):
     printed = capsys.readouterr()
     json.loads(printed.out)
     assert "12/12 images" in printed.err
+
+
+# --- attacks, curves, defences, comparisons -----------------------------------------------------------------
+
+
+@pytest.fixture
+def zero(base):
+    return ["evaluate", "zero-shot", *base]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_curve_is_a_block_and_a_row_for_each_eps(zero, tmp_path, capsys):
+    out, arguments = tmp_path / "out", [*zero, "--attack", "pgd", "-a", "eps=4/255, 0,1/255", "-a", "steps=3"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    shown = [line for line in printed if line.startswith("robust under")]
+    assert [line.partition(":")[0] for line in shown] == [
+        f"robust under pgd linf eps={eps} steps=3" for eps in ("0", "1/255", "4/255")
+    ]
+    assert len([line for line in printed if "clean " in line]) == 3
+    assert printed.count("note: images that fell at a smaller eps were not attacked again") == 2
+    rows = rows_of(out)
+    assert [row["attack"]["eps"] for row in rows] == [0, 1 / 255, 4 / 255]
+    assert rows[0]["flags"]["robust"] == rows[0]["flags"]["clean"]
+    assert main([*arguments, "--json"]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["flags"] for row in again] == [row["flags"] for row in rows]
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.count("### colours test") == 3
+
+
+def test_autoattack_from_end_to_end(zero, tmp_path, capsys, short_square):
+    out = tmp_path / "out"
+    assert main([*zero, "--attack", "autoattack", "-a", "eps=6/255", "--part", "all", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (row,) = rows_of(out)
+    assert "robust under autoattack linf eps=6/255: " in printed[1]
+    stages = ", ".join(f"{each['attack']}: {each['fell']} of {each['attacked']} fell" for each in row["stages"])
+    assert printed[2] == f"  {stages}"
+    assert [each["attack"] for each in row["stages"]] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    alarms = [each for each in row["checks"] if each["alarm"]]
+    words = {0: "no alarms", 1: "1 alarm"}.get(len(alarms), f"{len(alarms)} alarms")
+    assert printed[3] == f"checks: {len(row['checks'])} made, {words}"
+    assert [line for line in printed if line.startswith("  ALARM")] == [
+        f"  ALARM {each['name']}: {each['text']}" for each in alarms
+    ]
+    assert "note: apgd-t: with 3 classes the margin stands in for DLR" in printed
+    for kind in ("markdown", "csv", "latex", "json"):
+        assert main(["report", str(out), "--format", kind]) == 0
+        assert "apgd-ce" in capsys.readouterr().out
+
+
+def test_an_alarm_is_said(zero, tmp_path, capsys):
+    """JPEG attacked without its stand-in looks robust; with it, the threat says so."""
+    attack = ["--attack", "pgd", "-a", "eps=8/255", "-a", "steps=4", "--defence", "jpeg"]
+    assert main([*zero, *attack, "--checks", "--limit", "6", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "  ALARM zero-gradient: 100.0 % of the input gradients are exactly zero" in printed
+    assert "behind the defence jpeg, with its own gradient" in printed
+    assert main([*zero, *attack, "-a", "bpda=true", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "behind the defence jpeg, its gradient replaced (BPDA)" in printed
+    assert "checks" not in printed
+    rows = rows_of(tmp_path / "out")
+    assert [row["attack"]["bpda"] for row in rows] == [False, True]
+    assert [row["checks"] != [] for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        ["apgd-ce", "steps=5"], ["apgd-t", "steps=2", "targets=1"], ["cw-pgd", "steps=2", "norm=l2", "eps=0.5"],
+        ["fab-t", "steps=2"], ["square", "queries=5"], ["cw-l2", "steps=2", "searches=1"], ["fgsm"], ["noise"],
+        ["autoattack", "version=rand", "eps=0"],
+    ],
+    ids=lambda attack: attack[0],
+)  # fmt: skip
+def test_every_attack_by_its_name(attack, zero, capsys):
+    from advtune.attacks import ATTACKS
+
+    name, *options = attack
+    given = [part for option in options for part in ("-a", option)]
+    assert main([*zero, "--attack", name, *given, "--limit", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert f"robust under {name} {'l2' if 'l2' in str(attack) else 'linf'} eps=" in printed
+    assert set(ATTACKS) == {
+        "pgd", "cw-pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "cw-l2", "fgsm", "noise", "autoattack",
+    }  # fmt: skip
+
+
+def test_transfer_is_said(zero, run, capsys):
+    arguments = [*zero, *PGD, "--source", str(run)]
+    assert main(arguments) == 0
+    assert f"\n  transfer: images made on {run}, scored on this model\n" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["attack"]["name"], row["stages"][0]["attack"]) == ("pgd", "transfer")
+    assert main([*zero, *PGD]) == 0
+    assert "white-box" not in capsys.readouterr().out  # the rule needs no words
+
+
+def test_bad_input_costs_no_evaluation(zero, capsys, monkeypatch):
+    """What can be known beforehand is refused before images are classified."""
+    from advtune import evaluation
+
+    monkeypatch.setattr(evaluation, "predict", lambda s: pytest.fail("images were classified"))
+    for arguments in (["pgd", "-a", "bpda=true"], ["pgd", "--source", "./nowhere"], ["pgd", "-a", "eps=0,0"]):
+        failure([*zero, "--attack", *arguments], capsys)
+
+
+def test_compare(zero, run, base, tmp_path, capsys):
+    attack = [*PGD, "--part", "all"]
+    assert main([*zero, *attack, "--out", str(tmp_path / "zero")]) == 0
+    assert main(["evaluate", str(run), *base[2:], *attack]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "zero"), str(run)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("A: zero-shot. B: capt.\n")
+    assert "| colours all, 16 px | pgd eps 2/255, 3 steps | 30 | robust |" in text
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    assert main(["compare", str(tmp_path / "zero" / "results.jsonl"), str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["which"] for each in found] == ["clean", "robust"]
+
+
+def test_compare_without_a_pair_is_one_line(zero, run, base, tmp_path, capsys):
+    assert main([*zero, *PGD, "--out", str(tmp_path / "zero")]) == 0
+    assert main(["evaluate", str(run), *base[2:], "--attack", "pgd", "-a", "eps=4/255", "-a", "steps=3"]) == 0
+    capsys.readouterr()
+    line = failure(["compare", tmp_path / "zero", run], capsys)
+    assert "nothing to compare: not the same attack" in line
+    assert "pgd eps 2/255" in line and "pgd eps 4/255" in line
+    assert "no results.jsonl" in failure(["compare", tmp_path / "zero", tmp_path / "zero" / "nothing"], capsys)
+    assert "required" in failure(["compare", tmp_path / "zero"], capsys)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "results.jsonl").write_text("{}\n")
+    assert "line 1" in failure(["compare", tmp_path / "zero", tmp_path / "odd"], capsys)
+
+
+def test_list_attacks_shows_all_with_their_options(capsys):
+    from advtune.attacks import ATTACKS
+
+    assert main(["list", "attacks"]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line and not line.startswith(" ")] == list(ATTACKS)
+    for line in ("eps=1/255", "version=standard (standard | rand)", "queries=5000", "loss=dlr-targeted", "bpda=false"):
+        assert f"    {line}" in shown

@@ -261,3 +261,100 @@ def test_scatter_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"end the name in \.png"):
         scatter([make()], tmp_path / "x.gif")
     assert not list(tmp_path.iterdir())
+
+
+STAGES = [
+    {"attack": "apgd-ce", "attacked": 6, "fell": 2, "seconds": 1.0},
+    {"attack": "square", "attacked": 4, "fell": 1, "seconds": 2.0},
+]
+AUTO = {
+    "name": "autoattack",
+    "eps": 4 / 255,
+    "norm": "linf",
+    "version": "standard",
+    "seed": 0,
+    "stages": [{"name": "x"}],
+}
+
+
+def finding(name: str = "gap", alarm: bool = True, **changes: Any) -> dict[str, Any]:
+    facts = {"name": name, "alarm": alarm, "value": 0.25, "limit": 0.05, "n": 40}
+    return facts | {"text": f"{name} takes 25.0 points & more"} | changes
+
+
+def test_alarms_are_footnotes() -> None:
+    fine, bad = finding("noise", False), finding()
+    rows = [make("tecoa", checks=[fine, bad]), make("capt", checks=[fine])]
+    text = render(rows, "markdown")
+    assert r"Alarm, tecoa: gap takes 25.0 points \& more." in text
+    assert text.count("Alarm") == 1 and "Checks without an alarm" not in text
+    assert r"Alarm, tecoa: gap takes 25.0 points \& more." in render(rows, "latex")
+    one, two = json.loads(render(rows, "json"))
+    assert one["checks"] == ["noise", "gap"] and two["checks"] == ["noise"]
+    assert one["alarms"] == [{"name": "gap", "value": 0.25, "text": bad["text"]}] and two["alarms"] == []
+    first = next(csv.DictReader(io.StringIO(render(rows, "csv"))))
+    assert json.loads(first["alarms"]) == one["alarms"] and json.loads(first["checks"]) == ["noise", "gap"]
+
+
+def test_checks_without_an_alarm_are_named_and_prove_nothing() -> None:
+    rows = [make("tecoa", checks=[finding("noise", False), finding("gap", False)]), make("capt")]
+    for kind in ("markdown", "latex"):
+        text = render(rows, kind)
+        assert "Checks without an alarm on 1 of 2 lines: gap, noise. They prove nothing" in text
+        assert "Alarm," not in text
+    assert "Checks" not in render([make()], "markdown")
+
+
+def test_an_alarm_of_one_seed_is_an_alarm_of_the_line() -> None:
+    rows = [make(seed=0, checks=[finding("gap", False)]), make(seed=1, checks=[finding("gap")])]
+    (line,) = table(rows)
+    assert line["checks"] == ["gap"] and [each["name"] for each in line["alarms"]] == ["gap"]
+    assert "Alarm, tecoa: gap" in render(rows, "markdown")
+    other = make(data={"name": "dtd"}, checks=[finding("noise", False)])
+    assert "Checks without an alarm: noise" in render([*rows, other], "markdown")  # another section
+
+
+def test_stage_counts_are_footnotes_summed_over_seeds() -> None:
+    rows = [make(attack=AUTO, stages=STAGES, seed=seed) for seed in (0, 1)]
+    text = render(rows, "markdown")
+    assert "tecoa: apgd-ce broke 4 of 12, square broke 2 of 8." in text
+    assert "tecoa: apgd-ce broke 4 of 12, square broke 2 of 8." in render(rows, "latex")
+    (line,) = json.loads(render(rows, "json"))
+    assert line["stages"] == [
+        {"attack": "apgd-ce", "attacked": 12, "fell": 4}, {"attack": "square", "attacked": 8, "fell": 2},
+    ]  # fmt: skip
+    assert "stages" not in line["attack_options"]  # they follow from the attack
+    assert "autoattack eps 4/255 ·" in text and "version=standard" in text
+    single = render([make(stages=STAGES[:1])], "markdown")
+    assert "broke" not in single  # the row says it already
+
+
+def test_an_ensembles_stages_tell_sections_apart() -> None:
+    rows = [make(attack=AUTO), make(attack=AUTO | {"stages": [{"name": "y"}]})]
+    assert [line["section"] for line in table(rows)] == [0, 1]
+
+
+def test_the_norm_is_in_the_heading_when_it_is_not_linf() -> None:
+    l2 = render([make(attack=ATTACK | {"norm": "l2", "eps": 0.5})], "markdown")
+    assert "pgd l2 eps 0.5, 20 steps" in l2 and "linf" not in l2
+    assert "pgd l2 eps 128/255, 20" in render([make(attack=ATTACK | {"norm": "l2", "eps": 128 / 255})], "latex")
+    linf = render([make(attack=ATTACK | {"norm": "linf"})], "markdown")
+    assert "pgd eps 4/255, 20 steps" in linf and "linf" not in linf
+    rows = [make(attack=ATTACK | {"norm": norm}) for norm in ("linf", "l2")]
+    assert [line["norm"] for line in json.loads(render(rows, "json"))] == ["linf", "l2"]
+
+
+def test_a_curve_is_a_section_for_each_eps() -> None:
+    note = "images that fell at a smaller eps were not attacked again"
+    rows = [make(robust=4), make(robust=2, attack=ATTACK | {"eps": 8 / 255}, notes=[note])]
+    text = render(rows, "markdown")
+    assert text.count("### ") == 2 and text.count(f"tecoa: {note}") == 1
+
+
+def test_another_threat_in_a_section_is_in_the_label() -> None:
+    rows = [make(), make(threat="transfer: images made on B, scored on this model")]
+    text = render(rows, "markdown")
+    assert "tecoa (threat transfer: images made on B" in text
+    behind = replace(clean_only(), threat="behind the defence jpeg")
+    found = table([clean_only(), behind])
+    assert [line["differs"] for line in found] == [{"threat": "white-box"}, {"threat": "behind the defence jpeg"}]

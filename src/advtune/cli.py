@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from advtune import results, runs
+    from advtune import runs
     from advtune.defences import DEFENCES
     from advtune.evaluation import evaluate_all
     from advtune.methods import METHODS
@@ -79,11 +79,8 @@ def evaluate(args: argparse.Namespace) -> None:
     model, task, how = _opened(args, name)
     rows = evaluate_all(
         model, task, attacks, batch_size=args.batch_size, seed=args.seed, checks=args.checks or None,
-        source=args.source, defence=DEFENCES.get(args.defence), resume=True, **how,
+        source=args.source, defence=DEFENCES.get(args.defence), out=out, resume=True, **how,
     )  # fmt: skip
-    for row in rows:
-        if out is not None:
-            results.append(out / runs.RESULTS, row)
     print("\n".join(row.to_json() if args.json else sentence(row) for row in rows))
 
 
@@ -135,6 +132,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
 def sentence(row: Any) -> str:
     """A row as a few lines for a person."""
     from advtune.report.table import pixels
+    from advtune.rows import WHITE_BOX
 
     def percent(a: dict[str, Any]) -> str:
         return f"{100 * a['accuracy']:5.1f} %  [{100 * a['low']:.1f}, {100 * a['high']:.1f}]  n={a['n']}"
@@ -144,8 +142,10 @@ def sentence(row: Any) -> str:
         steps = f" steps={row.attack['steps']}" if "steps" in row.attack else ""
         facts = f"{row.attack['name']} {row.attack['norm']} eps={pixels(row.attack['eps'])}{steps}"
         lines.append(f"robust under {facts}: {percent(row.robust)}")
-        if len(row.stages) > 1:
-            lines.append("  " + ", ".join(f"{s['attack']}: {s['fell']} of {s['attacked']} fell" for s in row.stages))
+    if row.threat and row.threat != WHITE_BOX:
+        lines.append(f"  {row.threat}")
+    if len(row.stages) > 1:
+        lines.append("  " + ", ".join(f"{s['attack']}: {s['fell']} of {s['attacked']} fell" for s in row.stages))
     if row.checks:
         alarms = [each for each in row.checks if each["alarm"]]
         lines.append(f"checks: {len(row.checks)} made, {len(alarms) or 'no'} alarm{'s' if len(alarms) != 1 else ''}")

@@ -184,7 +184,7 @@ def _facts(row: Row) -> dict[str, Any]:
     facts |= {key: row.data.get(key) for key in ("part", "resolution", "classes")}
     attack = row.attack or {}
     facts |= {"attack": attack.get("name"), "eps": attack.get("eps"), "steps": attack.get("steps")}
-    return facts | {"attack_options": without(attack, "name", "eps", "steps", "seed")}
+    return facts | {"attack_options": without(attack, "name", "eps", "steps", "seed", "stages")}
 
 
 def _why(*sides: Mapping[tuple[str, str], Sequence[Row]]) -> str:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from advtune import runs
-from advtune.attacks import Attack, Transfer
+from advtune.attacks import Attack, Defended, Transfer
 from advtune.attacks.gradients import Function
 from advtune.checks import IMAGES, Sample, check, zero_share
 from advtune.data import Split, Task, load_images, load_task
-from advtune.data.images import cache_dir
+from advtune.data.images import DECODER, cache_dir
+from advtune.defences import DEFENCES
 from advtune.errors import UserError
 from advtune.progress import progress
-from advtune.results import Row
+from advtune.results import Row, append
 from advtune.rows import Setting, attack_facts, row, threat_model
 from advtune.train import check_seed
 from advtune.vlm import VLM
@@ -44,6 +45,7 @@ def evaluate(
     checks: bool | None = None,
     source: VLM | str | None = None,
     defence: Function | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     show: bool = True,
 ) -> Row:
@@ -52,12 +54,13 @@ def evaluate(
     An image counts as robust when it is classified correctly both clean and attacked. Class names and template
     come from the data set, so a tuned model on another set is a cross-dataset evaluation. checks: look for signs
     that the number is too high (default: with AutoAttack). source: make the adversarial images on this other model
-    (transfer). defence: a step on the images before the model, attacked through. resume: keep a journal in the
+    (transfer). defence: a step on the images before the model, attacked through. out: folder whose
+    results.jsonl gets the row. resume: keep a journal in the
     cache folder, and go on from it; only for models read from disk. Raises UserError on bad input.
     """
     return evaluate_all(
         model, data, [attack], part=part, limit=limit, resolution=resolution, on_bad=on_bad, batch_size=batch_size,
-        seed=seed, checks=checks, source=source, defence=defence, resume=resume, show=show,
+        seed=seed, checks=checks, source=source, defence=defence, out=out, resume=resume, show=show,
     )[0]  # fmt: skip
 
 
@@ -74,14 +77,21 @@ def evaluate_all(
     model: VLM | str, data: Task | str, attacks: Sequence[Attack | None], *, part: str = "test",
     limit: int | None = None, resolution: int | str | None = None, on_bad: str = "fail", batch_size: int = 64,
     seed: int = 0, checks: bool | None = None, source: VLM | str | None = None, defence: Function | None = None,
-    resume: bool = False, show: bool = True,
+    out: str | Path | None = None, resume: bool = False, show: bool = True,
 ) -> list[Row]:  # fmt: skip
     """A row for each attack; the balls of later ones hold those of earlier ones. Arguments: see `evaluate`."""
     begin = time.monotonic()
     check_seed(seed)
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 image is needed")
+    if source is not None and attacks[0] is None:
+        raise UserError("source: transfer needs an attack to make the images with")
+    bpda = any(getattr(attack, "bpda", False) for attack in attacks)
+    if bpda and defence is None:
+        raise UserError("bpda=true stands in for a step before the model; name the step with --defence jpeg")
     model = runs.load(model) if isinstance(model, str) else model
+    if resume and ((model.learned and not model.run) or defence not in (None, *DEFENCES.values())):
+        raise UserError("resume: a model in training, or a defence of your own, is not known again after a kill")
     source = runs.load(source, str(model.device)) if isinstance(source, str) else source
     task = task_for(model, data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
@@ -92,8 +102,8 @@ def evaluate_all(
     s = dataclasses.replace(s, f=s.function(model))
     clean = predict(s) == images.y
     if attacks[0] is None:
-        return [row(s, None, clean, None, None, [], time.monotonic() - begin)]
-    zero = zero_gradients(s)
+        return keep([row(s, None, clean, None, None, [], time.monotonic() - begin)], out)
+    zero = zero_gradients(s, bpda)
     journal = Journal(journal_path(s, attacks) if resume else None)
     stands, rows = clean, []
     for number, attack in enumerate(attacks):
@@ -110,8 +120,16 @@ def evaluate_all(
                 findings = check(sample(s, attack, clean, outcome, zero["share"]))
         rows.append(row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0))
         begin = time.monotonic()
+    keep(rows, out)
     journal.close()
     return rows
+
+
+def keep(rows: Sequence[Row], out: str | Path | None) -> list[Row]:
+    """The rows, added to the results of the folder `out` if one is given."""
+    for each in rows if out is not None else ():
+        append(Path(str(out)) / runs.RESULTS, each)
+    return list(rows)
 
 
 def task_for(
@@ -129,7 +147,8 @@ def task_for(
 def predict(s: Setting) -> Tensor:
     """Predicted labels [N] of clean images."""
     found = []
-    with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad():
+    with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(s.seed)  # a defence may be random
         for x in s.images.x.split(s.size):
             logits = s.f(x.to(s.model.device).float() / 255)
             if not bool(logits.isfinite().all()):
@@ -139,14 +158,16 @@ def predict(s: Setting) -> Tensor:
     return torch.cat(found)
 
 
-def zero_gradients(s: Setting) -> dict[str, float]:
+def zero_gradients(s: Setting, bpda: bool = False) -> dict[str, float]:
     """The share of input gradients that are exactly zero, over the first images: a high share means that the
     attack is blind, not that the model is robust."""
     n = min(GRADIENT_SAMPLE, len(s.images.y))
     total = 0.0
-    for rows in torch.arange(n).split(s.size):
-        x, y = some(s, rows)
-        total += zero_share(s.f, x, y) * len(rows)
+    with torch.random.fork_rng():
+        torch.manual_seed(s.seed)
+        for rows in torch.arange(n).split(s.size):
+            x, y = some(s, rows)
+            total += zero_share(s.f, x, y, bpda) * len(rows)
     return {"share": total / n, "n": n}
 
 
@@ -172,15 +193,16 @@ def sample(s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: fl
 def in_fp32(s: Setting) -> Function:
     """The scored function without bf16."""
     f = s.function(s.model)
+    head = f.head if isinstance(f, Defended) else f
 
     def exact(x: Tensor) -> Tensor:
         s.model.precision = "fp32"
         try:
-            return f(x)
+            return head(x)
         finally:
             s.model.precision = "bf16"
 
-    return exact
+    return dataclasses.replace(f, head=exact) if isinstance(f, Defended) else exact
 
 
 def other_model(s: Setting) -> VLM | None:
@@ -199,10 +221,11 @@ def other_model(s: Setting) -> VLM | None:
 
 def journal_path(s: Setting, attacks: Sequence[Any]) -> Path:
     """A file for what is done of this evaluation, named by all that decides its bits."""
+    models = [s.model] if s.source is None else [s.model, s.source]
     facts = [
-        [attack_facts(attack) for attack in attacks], s.threat, s.source and s.source.origin.sha256,
-        s.model.origin.sha256, repr(s.model.clip.config), s.model.precision, runs.device_name(s.model.device),
-        runs.versions(), s.images.sha256, s.split.resolution, s.task.texts(), s.size, s.seed,
+        [attack_facts(attack) for attack in attacks], s.threat, s.images.sha256, s.split.resolution, DECODER,
+        [(model.origin.sha256, repr(model.clip.config), model.precision) for model in models], s.task.texts(),
+        s.size, s.seed, runs.device_name(s.model.device), runs.versions(),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return cache_dir() / "evaluations" / f"{key}.jsonl"

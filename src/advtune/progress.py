@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 Advance = Callable[..., None]
-QUIET_SECONDS = 10  # between two plain lines
+QUIET_SECONDS = 10  # between two plain lines, at least; later a twentieth of the time so far
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _bar(label: str, total: int, unit: str, brief: bool) -> Iterator[Advance]:
 
         def advance(n: int = 1, note: str = "") -> None:
             done = bar.tasks[0].completed + n
-            rate = f"{done / max(1e-9, time.monotonic() - begin):.1f} {unit}/s"
+            rate = f"{done / max(1e-9, time.monotonic() - begin):.3g} {unit}/s"
             bar.update(task, advance=n, rate=rate, note=note)
 
         yield advance
@@ -59,12 +59,12 @@ def _lines(label: str, total: int, unit: str, brief: bool) -> Advance:
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal done, said
         now, done = time.monotonic(), done + n
-        if now - said < QUIET_SECONDS and (brief or done < total):
+        if now - said < max(QUIET_SECONDS, (now - begin) / 20) and (brief or n == 0 or done < total):
             return
         said = now
         rate = done / max(1e-9, now - begin)
-        left = (total - done) / max(1e-9, rate)
-        text = f"{label}: {done}/{total} {unit}s, {rate:.1f} {unit}/s, {left:.0f} s left  {note}"
+        left = f"{(total - done) / rate:.0f} s left" if done else f"{now - begin:.0f} s"
+        text = f"{label}: {done}/{total} {unit}s, {rate:.3g} {unit}/s, {left}  {note}"
         print(text.rstrip(), file=sys.stderr, flush=True)
 
     return advance

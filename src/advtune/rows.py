@@ -45,13 +45,16 @@ class Setting:
 
 
 def threat_model(source: VLM | None, defence: Function | None, attack: Attack | None) -> str:
-    """What the attack knows, in words."""
+    """What the attack knows, in words; without an attack, what stands before the model."""
+    behind = "" if defence is None else f"behind the defence {getattr(defence, '__name__', 'given')}"
+    if attack is None:
+        return behind
+    if behind:
+        own = "its gradient replaced (BPDA)" if getattr(attack, "bpda", False) else "with its own gradient"
+        behind = f", {behind}, {own}"
     if source is not None:
-        return f"transfer: images made on {source.origin.name}, scored on this model"
-    if defence is None:
-        return WHITE_BOX
-    how = "its gradient replaced (BPDA)" if getattr(attack, "bpda", False) else "with its own gradient"
-    return f"{WHITE_BOX}, behind the defence {getattr(defence, '__name__', 'given')}, {how}"
+        return f"transfer: images made on {source.origin.name}, scored on this model{behind}"
+    return WHITE_BOX + behind
 
 
 def row(
@@ -96,7 +99,7 @@ def row(
             "skipped": images.skipped,
         },
         attack=None if attack is None else {**attack_facts(attack), "seed": s.seed},
-        threat="" if attack is None else s.threat,
+        threat=s.threat,
         clean=accuracy(clean.tolist()),
         robust=None if outcome is None else accuracy(outcome.stands.tolist()),
         zero_gradient=zero,
@@ -115,7 +118,7 @@ def row(
 def attack_facts(attack: Any) -> dict[str, Any]:
     """The attack's name and budget, with the step length that was really used and, of an ensemble, its stages."""
     if isinstance(attack, Transfer):
-        return attack_facts(attack.attack)
+        return attack_facts(attack.pushed())
     facts = {"name": attack.name, **as_options(attack), "norm": attack.norm}
     facts |= {"step_size": attack.step} if hasattr(attack, "step") else {}
     return facts | ({"stages": [attack_facts(each) for each in attack.stages()]} if hasattr(attack, "stages") else {})

@@ -19,6 +19,7 @@ from advtune.attacks import Attack
 from advtune.attacks.ball import distance
 from advtune.data import Images
 from advtune.progress import progress
+from advtune.results import write_atomic
 
 
 class Journal:
@@ -29,31 +30,30 @@ class Journal:
     """
 
     def __init__(self, path: Path | None = None):
-        self.path, self.kept = path, list[dict[str, Any]]()
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        while lines and not lines[-1].endswith("\n"):
-            lines.pop()  # cut by the kill
-        self.kept = [json.loads(line) for line in lines]
-        with path.open("w") as file:
-            file.writelines(lines)
-        self.kept.reverse()
+        self.path = path
+        self.lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+        self.used = 0  # lines that were believed
 
     def next(self, stage: str, rows: Tensor) -> Tensor | None:
-        """Which of these images stood, if that is known."""
-        if not self.kept:
+        """Which of these images stood, if that is known. A line that is cut or of other images ends the journal."""
+        if self.path is None or self.used == len(self.lines):
             return None
-        line = self.kept.pop()
-        if line["stage"] != stage or line["rows"] != rows.tolist():
-            self.kept.clear()
+        try:
+            line = json.loads(self.lines[self.used])
+        except ValueError:  # cut by the kill
+            line = {}
+        whole = self.lines[self.used].endswith(b"\n")
+        if not whole or (line.get("stage"), line.get("rows")) != (stage, rows.tolist()):
+            del self.lines[self.used :]
+            write_atomic(self.path, b"".join(self.lines))
             return None
+        self.used += 1
         return torch.tensor(line["stands"], dtype=torch.bool)
 
     def add(self, stage: str, rows: Tensor, stands: Tensor) -> None:
         """Keep an answer, on the disk before this returns."""
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps({"stage": stage, "rows": rows.tolist(), "stands": stands.tolist()}) + "\n")
                 file.flush()

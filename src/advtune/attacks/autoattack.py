@@ -10,7 +10,7 @@ from torch import Tensor
 from advtune.attacks.apgd import APGD
 from advtune.attacks.ball import check_attack, eps_option, norm_option
 from advtune.attacks.fab import FAB
-from advtune.attacks.gradients import Function
+from advtune.attacks.gradients import Function, bpda_option
 from advtune.attacks.square import Square
 from advtune.options import option
 
@@ -29,22 +29,24 @@ class AutoAttack:
     eps: float = eps_option()
     norm: str = norm_option()
     version: str = option("standard", "rand is for models that are random", choices=("standard", "rand"))
+    bpda: bool = bpda_option()
 
     name = "autoattack"
 
     def __post_init__(self) -> None:
         check_attack(self)
 
+    @property
+    def eot(self) -> int:
+        """Forwards a gradient."""
+        return EOT if self.version == "rand" else 1
+
     def stages(self) -> list[Any]:
         """The attacks, cheapest first."""
+        way: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "bpda": self.bpda}
         if self.version == "rand":
-            return [APGD(self.eps, norm=self.norm, loss=loss, eot=EOT) for loss in ("ce", "dlr")]
-        return [
-            APGD(self.eps, norm=self.norm),
-            APGD(self.eps, norm=self.norm, loss="dlr-targeted"),
-            FAB(self.eps, norm=self.norm),
-            Square(self.eps, norm=self.norm),
-        ]
+            return [APGD(loss=loss, eot=EOT, **way) for loss in ("ce", "dlr")]
+        return [APGD(**way), APGD(loss="dlr-targeted", **way), FAB(**way), Square(self.eps, norm=self.norm)]
 
     def notes(self, classes: int) -> list[str]:
         """What few classes change."""

@@ -13,7 +13,7 @@ from advtune.errors import UserError
 from advtune.options import check, option, parse_eps
 
 NORMS = ("linf", "l2")
-TINY = 1e-12
+TINY, LEAST = 1e-12, torch.finfo(torch.float32).tiny
 FAR = 32.0  # an l2 radius of this many whole pixels is a mistake in the unit
 
 
@@ -47,8 +47,11 @@ def distance(d: Tensor, norm: str) -> Tensor:
 
 
 def ascent(slope: Tensor, norm: str) -> Tensor:
-    """The direction of length 1 that raises a loss fastest."""
-    return slope.sign() if norm == "linf" else slope / wide(distance(slope, norm) + TINY)
+    """The direction of length 1 that raises a loss fastest, however flat the loss."""
+    if norm == "linf":
+        return slope.sign()
+    slope = slope / wide(distance(slope, "linf").clamp(min=LEAST))  # a confident model's squares would underflow
+    return slope / wide(distance(slope, norm) + TINY)
 
 
 def project(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from advtune.attacks.ball import check_attack, distance, wide
 from advtune.attacks.gradients import Function
+from advtune.errors import UserError
 from advtune.losses import margin
 from advtune.options import option
 
@@ -35,6 +36,8 @@ class CWL2:
 
     def __post_init__(self) -> None:
         check_attack(self)
+        if self.c == 0 or self.lr == 0:
+            raise UserError(f"attack {self.name}: c or lr 0 does not move; leave it out for the default")
 
     def __call__(self, f: Function, x: Tensor, y: Tensor, loss: object = None) -> Tensor:
         """Images x [B, 3, S, S] and labels y [B] -> the nearest adversarial images found within eps, or x where

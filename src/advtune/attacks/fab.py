@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from advtune.attacks.apgd import wrong
-from advtune.attacks.ball import TINY, check_attack, distance, eps_option, norm_option, wide
-from advtune.attacks.gradients import Function, gradient, standing
+from advtune.attacks.ball import LEAST, check_attack, distance, eps_option, norm_option, wide
+from advtune.attacks.gradients import Function, bpda_option, gradient, standing
 from advtune.options import option
 
 ETA, ALPHA, BETA = 1.05, 0.1, 0.9  # overshoot, greatest pull towards the image, step back: the paper's
@@ -30,6 +30,7 @@ class FAB:
     targets: int = option(9, "wrong classes tried, likeliest first", low=1)
     early_stop: bool = option(True, "images leave once fooled within eps; if not, the nearest is looked for")
     norm: str = norm_option()
+    bpda: bool = bpda_option()
 
     name = "fab-t"
 
@@ -60,25 +61,20 @@ class FAB:
         found, height = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         live = torch.arange(len(x), device=x.device)
         z = x
-        for i in range(self.steps + 1):
-            last = i == self.steps
-            slope, ahead, logits = gradient(f, z, torch.stack([y, to], 1), lead, needed=not last)
-            fooled = logits.argmax(1) != y
+        for _ in range(self.steps):
+            slope, ahead, _ = gradient(f, z, torch.stack([y, to], 1), lead, bpda=self.bpda)
+            z = self._step(z, x, slope, ahead)
+            with torch.no_grad():
+                fooled = f(z).argmax(1) != y
             length = distance(z - x, self.norm)
             better = fooled & (length <= self.eps) & (-length > height[live])
             found[live[better]] = z[better]
             height[live[better]] = torch.inf if self.early_stop else -length[better]
-            if last:
-                break
-            stay = ~better if self.early_stop else torch.ones_like(better)
-            if not bool(stay.any()):
-                break
-            x, y, to, z, live = x[stay], y[stay], to[stay], z[stay], live[stay]
-            slope, ahead, back = slope[stay], ahead[stay], fooled[stay].nonzero().squeeze(1)
-            if len(back):
-                z = z.index_copy(0, back, x[back] + BETA * (z[back] - x[back]))
-                slope[back], ahead[back], _ = gradient(f, z[back], torch.stack([y, to], 1)[back], lead)
-            z = self._step(z, x, slope, ahead)
+            z = torch.where(wide(fooled), x + BETA * (z - x), z)
+            if self.early_stop and bool(better.any()):
+                x, y, to, z, live = (each[~better] for each in (x, y, to, z, live))
+                if len(live) == 0:
+                    break
         return found, height
 
     def _step(self, z: Tensor, x: Tensor, slope: Tensor, ahead: Tensor) -> Tensor:
@@ -104,7 +100,8 @@ def onto_plane(z: Tensor, slope: Tensor, c: Tensor, norm: str) -> Tensor:
     """
     w, need = slope.flatten(1), c.abs()
     way = w.sign() * c.sign()[:, None]
-    w, flat = w.abs(), z.flatten(1)
+    scale = w.abs().amax(1).clamp(min=LEAST)  # flat or steep, it is the same plane: no square underflows
+    w, need, flat = w.abs() / scale[:, None], need / scale, z.flatten(1)
     room = torch.where(way > 0, 1 - flat, flat)
     unit = torch.ones_like(w) if norm == "linf" else w
     t = torch.zeros_like(need)
@@ -112,8 +109,8 @@ def onto_plane(z: Tensor, slope: Tensor, c: Tensor, norm: str) -> Tensor:
         d = torch.minimum(t[:, None] * unit, room)
         short = need - (w * d).sum(1)
         rate = (w * unit * (d < room)).sum(1)
-        go = (short > 1e-4 * need) & (rate > 0)  # a step is overshot by ETA: nothing finer matters
+        go = (short > 1e-4 * need) & (rate > 1e-20)  # a step is overshot by ETA: nothing finer matters
         if not bool(go.any()):
             break
-        t = torch.where(go, t + short / (rate + TINY), t)
+        t = torch.where(go, t + short / rate, t)
     return (way * torch.minimum(t[:, None] * unit, room)).view_as(z)

@@ -45,7 +45,7 @@ class Defended:
         with torch.no_grad():
             true = self.step(x)
         soft = self.stand_in(x)
-        return self.head(soft + (true - soft).detach())
+        return self.head(true + (soft - soft.detach()))  # exactly true: what is added is 0
 
 
 def gradient(
@@ -69,7 +69,7 @@ def gradient(
                 found = torch.autograd.grad(height.sum(), z, allow_unused=True)[0] if height.requires_grad else None
                 found = torch.zeros_like(x) if found is None else found
                 slope = slope + found if number else found
-        each, logits = each + height.detach(), logits + out.detach()
+        each, logits = each + height.detach().float(), logits + out.detach().float()
     return slope / eot if eot > 1 else slope, each / eot, logits / eot
 
 

@@ -37,6 +37,6 @@ class Noise:
             u = uniform([seeds[i] for i in rows.tolist()], x.shape[1:], x, number)
             z = random_point(x[rows], self.eps, self.norm, u)
             logits = f(z)
-            return z, torch.where(logits.argmax(1) != y[rows], torch.inf, loss(logits, y[rows]))
+            return z, torch.where(logits.argmax(1) != y[rows], torch.inf, loss(logits, y[rows]).float())
 
         return standing(x, (partial(attempt, number) for number in range(self.draws)))

@@ -58,6 +58,8 @@ class PGD:
             raise UserError(f"attack {self.name}: step_size={self.step_size:g}: write {self.step_size:g}/255")
         if self.restarts > 1 and not self.random_start:
             raise UserError(f"attack {self.name}: restarts from the same point find the same; set random_start=true")
+        if self.loss == "kl" and not self.random_start:
+            raise UserError(f"attack {self.name}: KL(f(x) || f(x')) has no slope at x itself; set random_start=true")
 
     @property
     def name(self) -> str:

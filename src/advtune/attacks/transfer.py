@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from advtune.attacks.gradients import Function
+from advtune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Transfer:
 
     name = "transfer"
 
+    def __post_init__(self) -> None:
+        if hasattr(self.attack, "stages"):
+            raise UserError("transfer: an ensemble stops at what fools the source; name one attack, such as apgd-ce")
+
     @property
     def eps(self) -> float:
         return float(self.attack.eps)
@@ -31,7 +36,10 @@ class Transfer:
 
     def __call__(self, f: Function, x: Tensor, y: Tensor, loss: object = None) -> Tensor:
         """Images x [B, 3, S, S] and labels y [B] -> images [B, 3, S, S]; f is not asked."""
-        attack = self.attack
-        if any(field.name == "early_stop" for field in dataclasses.fields(attack)):
-            attack = dataclasses.replace(attack, early_stop=False)
-        return attack(self.source, x, y)
+        return self.pushed()(self.source, x, y)
+
+    def pushed(self) -> Any:
+        """The attack as it is made: nothing leaves early."""
+        if any(field.name == "early_stop" for field in dataclasses.fields(self.attack)):
+            return dataclasses.replace(self.attack, early_stop=False)
+        return self.attack

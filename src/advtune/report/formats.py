@@ -95,7 +95,7 @@ def footnotes(section: Sequence[Line]) -> list[str]:
             notes.append(f"† {line['method']}: no public source gives {names}; reconstructed by us.")
     for line in section:
         share = line["zero_gradient_share"]
-        if share is not None and share > BLIND:
+        if share is not None and share > BLIND and not any(each["name"] == "zero-gradient" for each in line["alarms"]):
             notes.append(
                 f"Warning, {label(line)}: {100 * share:.1f} % of the input gradients "
                 f"(n = {line['zero_gradient_n']}) were exactly zero; the attack may have seen nothing, "
@@ -106,11 +106,11 @@ def footnotes(section: Sequence[Line]) -> list[str]:
             counts = (f"{each['attack']} broke {each['fell']} of {each['attacked']}" for each in line["stages"])
             notes.append(f"{label(line)}: {', '.join(counts)}.")
         notes += [f"Alarm, {label(line)}: {each['text']}." for each in line["alarms"]]
-    checked = {each for line in section for each in line["checks"]}
-    if checked and not any(line["alarms"] for line in section):
-        notes.append(
-            f"Checks without an alarm: {', '.join(sorted(checked))}. They prove nothing; they look for masking."
-        )
+    checked = [line for line in section if line["checks"]]
+    if checked and not any(line["alarms"] for line in checked):
+        where = "" if len(checked) == len(section) else f" on {len(checked)} of {len(section)} lines"
+        looked = ", ".join(sorted({name for line in checked for name in line["checks"]}))
+        notes.append(f"Checks without an alarm{where}: {looked}. They prove nothing; they look for masking.")
     notes += [f"Backbone {line['backbone']}: {line['notice']}" for line in section if line["notice"]]
     if len({sha for line in section for sha in line["data_sha256"]}) > 1:
         notes.append("Not all numbers here come from the same images (the sha256 of the data differ).")
