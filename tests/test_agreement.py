@@ -26,13 +26,13 @@ def setting():
     train, test = (load_images(task, Split(part=part, resolution=28), progress=False) for part in ("train", "test"))
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 12, 5, 2), nn.ReLU(), nn.Conv2d(12, 24, 5, 2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(24 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
+        nn.Conv2d(3, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
-    adam = torch.optim.Adam(net.parameters(), 2e-3)
-    attack = PGD(EPS["linf"], 5, keep="last", early_stop=False)
+    adam = torch.optim.Adam(net.parameters(), 1e-3)
+    attack = PGD(8 / 255, 5, keep="last", early_stop=False)
     x, y = train.x.float() / 255, train.y
-    for _ in range(60):
+    for _ in range(40):
         for rows in torch.randperm(len(x)).split(32):
             x_adv = attack(net, x[rows], y[rows])
             adam.zero_grad()

@@ -49,10 +49,10 @@ def variants():
         yield PGD(eps, step_size=eps, random_start=False, norm=norm)
         yield PGD(eps, keep="last", norm=norm)
         yield PGD(eps, loss="kl", norm=norm)
-        yield quick(APGD(norm=norm, loss="dlr-targeted"), eps=eps, early_stop=False, restarts=2)
-        yield quick(APGD(norm=norm), eps=eps, eot=2)
-        yield quick(FAB(norm=norm), eps=eps, early_stop=False)
-        yield quick(Square(norm=norm), eps=eps, early_stop=False)
+        yield quick(APGD(eps, loss="dlr-targeted", early_stop=False, restarts=2, norm=norm))
+        yield quick(APGD(eps, eot=2, norm=norm))
+        yield quick(FAB(eps, early_stop=False, norm=norm))
+        yield quick(Square(eps, early_stop=False, norm=norm))
         yield AutoAttack(eps, norm, "rand")
     yield quick(CWL2(), eps=EPS["l2"], early_stop=False)
 
@@ -191,8 +191,7 @@ def test_runs_with_few_classes(attack, classes):
 @pytest.mark.parametrize("attack", CASES)
 def test_logits_may_have_any_precision(attack, dtype):
     f, x = Net(dtype=dtype), images(8)
-    y = f(x).argmax(1)
-    x_adv = attack(f, x, y)
+    x_adv = attack(f, x, f(x).argmax(1))
     assert x_adv.dtype == x.dtype
     assert float(distance(x_adv - x, attack.norm).max()) <= attack.eps * (1 + 1e-5)
 
@@ -202,16 +201,16 @@ def test_logits_may_have_any_precision(attack, dtype):
 
 def exact_with_two_classes(norm):
     for loss in ("ce", "margin"):
-        yield PGD(steps=40, norm=norm, loss=loss)
-        yield PGD(steps=40, norm=norm, loss=loss, early_stop=False)
-        yield PGD(steps=40, norm=norm, loss=loss, keep="last")
-    yield PGD(steps=40, norm=norm, loss="kl", restarts=16)  # half of the starts are on the side of more confidence
+        yield PGD(EPS[norm], steps=40, norm=norm, loss=loss)
+        yield PGD(EPS[norm], steps=40, norm=norm, loss=loss, early_stop=False)
+        yield PGD(EPS[norm], steps=40, norm=norm, loss=loss, keep="last")
+    yield PGD(EPS[norm], steps=40, norm=norm, loss="kl", restarts=16)  # half of the starts climb the wrong way
     for loss in ("ce", "dlr", "dlr-targeted"):
-        yield APGD(steps=40, norm=norm, loss=loss)
-        yield APGD(steps=40, norm=norm, loss=loss, early_stop=False)
-    yield FAB(steps=10, norm=norm)
-    yield FGSM(norm=norm)
-    yield AutoAttack(norm=norm)
+        yield APGD(EPS[norm], steps=40, norm=norm, loss=loss)
+        yield APGD(EPS[norm], steps=40, norm=norm, loss=loss, early_stop=False)
+    yield FAB(EPS[norm], steps=10, norm=norm)
+    yield FGSM(EPS[norm], norm=norm)
+    yield AutoAttack(EPS[norm], norm=norm)
     if norm == "l2":
         yield CWL2(steps=100, searches=6)
 
@@ -234,9 +233,8 @@ def test_closed_form_with_five_classes(attack):
     f, x = Linear(classes=5), images(48, 4, low=0.3, high=0.7)
     far, y = f.distances(x, attack.norm), f(x).argmax(1)
     eps = between(far)
-    longer = {"targets": 4} | ({"steps": 30} if "steps" in names(attack) and not isinstance(attack, CWL2) else {})
-    attack = replace(attack, eps=eps, **{k: v for k, v in longer.items() if k in names(attack)})
-    left = stands(f, attack(f, x, y), y)
+    longer = {k: v for k, v in {"targets": 4, "steps": 30}.items() if k in names(attack)}
+    left = stands(f, replace(attack, eps=eps, **longer)(f, x, y), y)
     assert (left | (far <= eps)).all()
     if attack.name in ("apgd-t", "fab-t"):
         assert torch.equal(left, far > eps)
@@ -286,6 +284,8 @@ def test_units_are_checked(make):
     for norm, eps, written in (("linf", 4, 4), ("linf", 1.0, 1), ("l2", 128, 128), ("l2", 32.0, 32)):
         with pytest.raises(UserError, match=f"write {written}/255"):
             make(eps=eps, norm=norm)
+    with pytest.raises(UserError, match="length of the whole change"):
+        make(norm="l2")
     with pytest.raises(UserError, match="too low"):
         make(eps=-0.1)
     assert make(eps=3.0, norm="l2").eps == 3

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from advtune import defences
-from advtune.attacks import APGD, CWL2, FAB, PGD, AutoAttack, Defended, Noise, Square, Transfer
+from advtune.attacks import APGD, CWL2, FAB, FGSM, PGD, AutoAttack, Defended, Noise, Square, Transfer
 from advtune.attacks.apgd import wrong
 from advtune.attacks.ball import distance
 from advtune.attacks.fab import onto_plane
 from advtune.attacks.gradients import gradient
-from advtune.attacks.square import eta
+from advtune.attacks.square import eta, square_l2
 from advtune.errors import UserError
 from advtune.losses import cross_entropy, dlr, margin, targeted_dlr
 from toys import Linear, Net, Recorded, between, images, stands
@@ -435,7 +435,7 @@ def test_fab_mixes_two_projections(norm):
     assert 0 < int((pull < 0.1).sum()) < 20
     flat_x, flat_z = x.flatten(1), z.flatten(1)
     expected = ((flat_z + 1.05 * d) * (1 - pull) + (flat_x + 1.05 * d0) * pull).clamp(0, 1)
-    found = FAB(norm=norm)._step(z, x, slope, ahead).flatten(1)
+    found = FAB(0.5, norm=norm)._step(z, x, slope, ahead).flatten(1)
     torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=0)
 
 
@@ -510,6 +510,22 @@ def test_square_in_l2_spends_all_of_eps():
         torch.testing.assert_close(distance(z - x, "l2"), torch.full((6,), eps), atol=1e-5, rtol=0)
     with torch.no_grad():
         assert (margin(f(x_adv), y) > margin(f(seen.seen[0]), y)).all()
+
+
+def test_square_in_l2_moves_a_window_to_another():
+    """The change in the rest stays; each channel keeps its length, which what is left of eps shares out."""
+    x = images(30, 16, low=0.4, high=0.6)
+    d = images(30, 16, seed=1, low=-1)
+    d = 0.3 * d / distance(d, "l2")[:, None, None, None]
+    u = torch.rand(30, 8, generator=torch.Generator().manual_seed(2))
+    for eps in (0.3, 0.4):
+        new = square_l2(x + d, x, eps, 0.1, u) - x  # 5 by 5
+        lengths = ((d**2).sum((2, 3)) + (eps**2 - 0.3**2) / 3).sqrt()
+        torch.testing.assert_close(new.flatten(2).norm(dim=2), lengths, atol=1e-4, rtol=0)
+        same = ((new - d).abs() < 1e-5).all(1).flatten(1).sum(1)
+        gone = (new.abs() < 1e-5).all(1).flatten(1).sum(1)
+        assert ((same + gone >= 256 - 25) & (same >= 256 - 50) & (gone <= 25)).all()
+        assert int(gone.max()) == 25
 
 
 @pytest.mark.parametrize("side", [3, 4, 7])
@@ -591,6 +607,17 @@ def test_eot_sees_through_randomness(make, norm, eps):
     assert many >= clear
 
 
+@pytest.mark.parametrize("make", [PGD, APGD])
+def test_nothing_leaves_that_a_random_model_may_yet_get_right(make, model):
+    """Fooled once, on average over the draws, is not fooled; so the best point is looked for to the end."""
+    f, x, y = model
+    for eot, stays in ((1, False), (2, True)):
+        seen = Recorded(f)
+        make(EPS, 5, eot=eot)(seen, x, y)
+        assert (set(seen.sizes) == {len(x)}) == stays
+        assert len(seen.sizes) == 6 * eot
+
+
 def test_eot_averages_gradients_losses_and_logits():
     head, x = Net(), images(4)
     y, stds = torch.zeros(4, dtype=torch.long), []
@@ -652,7 +679,7 @@ def masked(f):
     return lambda x: f(x.detach())
 
 
-@pytest.mark.parametrize("inner", [PGD(EPS), PGD(0.5, norm="l2"), APGD(EPS, 20), CWL2(0.5)], ids=str)
+@pytest.mark.parametrize("inner", [PGD(EPS), PGD(0.5, norm="l2"), APGD(EPS, 20), FGSM(EPS)], ids=str)
 def test_transfer_asks_the_source_alone(inner):
     clean, x = Net(), images(48)
     y = clean(x).argmax(1)
@@ -678,9 +705,10 @@ def test_transfer_pushes_on_when_the_source_is_fooled():
     assert int(stands(target, on, y).sum()) < int(stands(target, off, y).sum())
 
 
-def test_an_ensemble_does_not_transfer():
-    with pytest.raises(UserError, match="name one attack"):
-        Transfer(AutoAttack(EPS), Net())
+@pytest.mark.parametrize("inner", [AutoAttack(EPS), FAB(EPS), CWL2(0.5)], ids=lambda attack: attack.name)
+def test_what_stops_at_the_boundary_does_not_transfer(inner):
+    with pytest.raises(UserError, match=f"transfer: {inner.name} stops"):
+        Transfer(inner, Net())
 
 
 def test_autoattacks_stages_are_the_papers():
@@ -719,3 +747,22 @@ def test_noise_is_the_worst_of_its_draws(model):
     stood = [stands(f, Noise(0.3, draws=n)(f, x, y), y) for n in (1, 3, 12)]
     assert all((a | ~b).all() for a, b in itertools.pairwise(stood))
     assert int(stood[-1].sum()) < int(stood[0].sum())
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD])
+def test_no_image_leaves_a_random_model(kind):
+    """What fools the mean of some forwards by a hair is scored by another: the attack has to climb on."""
+    f, x = Net(), images(32)
+    y = f(x).argmax(1)
+    noisy = Defended(lambda z: z + 0.1 * torch.randn_like(z), f)
+    seen = Recorded(noisy)
+    torch.manual_seed(0)
+    kind(EPS, 10, eot=4)(seen, x, y)
+    assert set(seen.sizes) == {32}
+
+    def stood(attack):
+        torch.manual_seed(0)
+        x_adv = attack(noisy, x, y)
+        return sum(int(stands(noisy, x_adv, y).sum()) for _ in range(20)) / 20
+
+    assert stood(kind(EPS, 20, eot=4)) < stood(kind(EPS, 20)) - 1

@@ -195,7 +195,7 @@ def test_a_curve_falls_and_attacks_nobody_twice(vlm, task, attacked):
 
 
 def test_a_curve_of_an_ensemble_in_another_norm(vlm, task, short_square, attacked):
-    rows = advtune.evaluate_curve(vlm, task, AutoAttack(norm="l2"), (0.5, 0.1), show=False, checks=False)
+    rows = advtune.evaluate_curve(vlm, task, AutoAttack(0.5, norm="l2"), (0.5, 0.1), show=False, checks=False)
     assert [[stage["attack"] for stage in row.stages] for row in rows] == [["apgd-ce", "apgd-t", "fab-t", "square"]] * 2
     assert [{each["eps"] for each in row.attack["stages"]} for row in rows] == [{0.1}, {0.5}]
     assert {each["norm"] for row in rows for each in row.attack["stages"]} == {"l2"}
@@ -394,7 +394,7 @@ def test_prompts_that_change_under_the_attack_are_noticed(vlm, task, few):
 
 def test_the_checks_look_at_right_images_across_the_set(vlm, task, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluation, "check", lambda sample: seen.append(sample) or [])
+    monkeypatch.setattr(evaluation, "check", lambda sample, advance: seen.append(sample) or [])
     monkeypatch.setattr(evaluation, "IMAGES", 5)
     row = evaluation.evaluate(vlm, task, PGD(6 / 255, 4), part="all", checks=True, show=False)
     right = sorted(standing(row.flags["clean"]))
@@ -404,14 +404,15 @@ def test_the_checks_look_at_right_images_across_the_set(vlm, task, monkeypatch):
     assert s.stood.tolist() == [row.flags["robust"][i] == "1" for i in chosen]
     with torch.no_grad():
         assert torch.equal(s.f(s.x).argmax(1), s.y)
-    assert (s.n, s.total, s.fell_blind, s.zero) == (5, 30, None, row.zero_gradient["share"])
+    assert (s.n, s.total, s.fell_blind, s.zero) == (5, len(right), None, row.zero_gradient["share"])
+    assert s.zero_n == row.zero_gradient["n"]
     images = evaluation.load_images(task, evaluation.Split(part="all", resolution=16), progress=False)
     assert torch.equal(s.x, images.x[chosen].float() / 255)
 
 
 def test_only_an_ensembles_last_stage_is_its_black_box(vlm, task, short_square, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluation, "check", lambda sample: seen.append(sample.fell_blind) or [])
+    monkeypatch.setattr(evaluation, "check", lambda sample, advance: seen.append(sample.fell_blind) or [])
     row = evaluation.evaluate(vlm, task, AutoAttack(8 / 255), checks=True, show=False)
     evaluation.evaluate(vlm, task, Square(8 / 255, 5), checks=True, show=False)
     evaluation.evaluate(vlm, task, AutoAttack(0.0, version="rand"), checks=True, show=False)

@@ -286,12 +286,12 @@ def test_alarms_are_footnotes() -> None:
     fine, bad = finding("noise", False), finding()
     rows = [make("tecoa", checks=[fine, bad]), make("capt", checks=[fine])]
     text = render(rows, "markdown")
-    assert r"Alarm, tecoa: gap takes 25.0 points \& more." in text
+    assert r"Alarm, tecoa: gap takes 25.0 points \& more (n = " in text
     assert text.count("Alarm") == 1 and "Checks without an alarm" not in text
-    assert r"Alarm, tecoa: gap takes 25.0 points \& more." in render(rows, "latex")
+    assert r"Alarm, tecoa: gap takes 25.0 points \& more (n = " in render(rows, "latex")
     one, two = json.loads(render(rows, "json"))
     assert one["checks"] == ["noise", "gap"] and two["checks"] == ["noise"]
-    assert one["alarms"] == [{"name": "gap", "value": 0.25, "text": bad["text"]}] and two["alarms"] == []
+    assert one["alarms"] == [{"name": "gap", "value": 0.25, "n": 40, "text": bad["text"]}] and two["alarms"] == []
     first = next(csv.DictReader(io.StringIO(render(rows, "csv"))))
     assert json.loads(first["alarms"]) == one["alarms"] and json.loads(first["checks"]) == ["noise", "gap"]
 

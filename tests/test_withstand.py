@@ -411,3 +411,13 @@ def test_random_streams_do_not_depend_on_the_batch_size(attack, vlm, task):
     rows = [evaluation.evaluate(vlm, task, attack, batch_size=size, **how) for size in (64, 7, 1)]
     assert rows[0].flags == rows[1].flags == rows[2].flags
     assert 0 < rows[0].robust["correct"] < rows[0].clean["correct"]
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path):
+    """Without a journal a kill costs the work done; the evaluation itself goes on."""
+    (tmp_path / "file").write_text("")
+    journal = Journal(tmp_path / "file" / "below" / "journal.jsonl")
+    with pytest.warns(UserWarning, match="no journal"):
+        journal.add("pgd", torch.arange(2), torch.ones(2) > 0)
+    journal.add("pgd", torch.arange(2), torch.ones(2) > 0)
+    journal.close()

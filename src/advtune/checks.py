@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from advtune.attacks import APGD, PGD, Attack, Noise, Square, Transfer
+from advtune.attacks.ball import FAR
 from advtune.attacks.gradients import Function, gradient
 from advtune.losses import cross_entropy
+from advtune.report.table import BLIND
 
 IMAGES = 48  # looked at, of those classified correctly
-LARGE = {"linf": 64 / 255, "l2": 10.0}  # a change that nothing withstands
+LARGE = 64 / 255  # of every pixel: a change that nothing withstands
 SMALL_BATCH = 7
-WEAK, FEW, SAME = 0.05, 0.02, 0.03  # shares of the images: a stronger attack gains, leave to chance, rounding
+WEAK, FEW, SAME = 0.1, 0.02, 0.03  # shares of the images: a stronger attack gains, leave to chance, rounding
+CHANCE = 3  # images fewer than which are no finding
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Finding:
 class Sample:
     """What the checks look at: f, correctly classified images x [B, 3, S, S], labels y [B], and which of them stood
     [B] under `attack`. `exact`: the same function in fp32, if it is not; `fresh`: made anew from the model;
-    `source`: another model, to transfer from; `fell_blind`: of `total` images of the set, those that only the
-    black-box stage of an ensemble broke (none: the checks look for themselves)."""
+    `source`: another model, to transfer from; `fell_blind`: of `total` images that were attacked, those that only the
+    black-box stage of an ensemble broke (none: the checks look for themselves). size: images at a time. zero: the share
+    of exactly-zero input gradients, of the first zero_n images."""
 
     f: Function
     x: Tensor
@@ -53,6 +57,8 @@ class Sample:
     source: Function | None = None
     fell_blind: int | None = None
     total: int = 0
+    size: int = IMAGES
+    zero_n: int = 0
 
     @property
     def n(self) -> int:
@@ -68,18 +74,44 @@ class Sample:
         return PGD(self.attack.eps if eps is None else eps, steps, **self.way)
 
 
-def check(sample: Sample) -> list[dict[str, Any]]:
-    """All findings, JSON-ready; what does not apply is left out."""
+def check(sample: Sample, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """All findings, JSON-ready; what does not apply is left out. What cannot be computed is an alarm, not an error:
+    the evaluation that it would judge is done."""
     if sample.n == 0 or sample.attack.eps == 0:
         return []
-    first = random_forward(sample)
-    rest = [each(sample) for each in CHECKS if first.value <= first.limit or each not in REPEATED]
-    return [asdict(finding) for finding in [first, *rest] if finding is not None]
+    found, random = [], False
+    for each in CHECKS:
+        if not (random and each in REPEATED):
+            found.append(made(each, sample))
+        random = random or (each is random_forward and found[-1].value > found[-1].limit)
+        advance()
+    return [asdict(finding) for finding in found if finding is not None]
+
+
+def made(one: Callable[[Sample], Finding | None], sample: Sample) -> Any:
+    """A finding; an alarm where it could not be computed, for want of memory say."""
+    try:
+        return one(sample)
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        name = one.__name__.removesuffix("_forward").replace("_", "-")
+        return Finding(name, True, 0.0, 0.0, sample.n, f"the check could not be made: {reason}")
+
+
+def many(count: int, n: int, share: float) -> bool:
+    """Whether so many of n images are more than a share, and than chance."""
+    return count >= CHANCE and count > share * n
+
+
+def scores(f: Function, sample: Sample) -> Tensor:
+    """Logits [B, C] of the sample."""
+    with torch.no_grad():
+        return torch.cat([f(x) for x in sample.x.split(sample.size)])
 
 
 def stands(f: Function, sample: Sample, attack: Attack, size: int | None = None) -> Tensor:
     """Which images [B] of the sample stand under an attack, in batches of `size`."""
-    size = size or sample.n
+    size = size or sample.size
     parts = []
     for x, y in zip(sample.x.split(size), sample.y.split(size), strict=True):
         x_adv = attack(f, x, y)
@@ -93,17 +125,19 @@ def gap(sample: Sample) -> Finding | None:
     if isinstance(sample.attack, Transfer):
         return None
     if sample.attack.name == "autoattack":
-        gained = float((stands(sample.f, sample, sample.pgd(20)) & ~sample.stood).sum()) / sample.n
+        count = int((stands(sample.f, sample, sample.pgd(20)) & ~sample.stood).sum())
+        gained = count / sample.n
         text = f"PGD-20 leaves {100 * gained:.1f} % of the sample standing that AutoAttack breaks"
     else:
         strong = APGD(sample.attack.eps, 30, loss="dlr-targeted", targets=3, **sample.way)
         rows = sample.stood.nonzero().squeeze(1)
-        left = standing_part(sample, rows, strong)
-        gained = (len(rows) - left) / sample.n
+        count = len(rows) - standing_part(sample, rows, strong)
+        gained = count / sample.n
         text = f"targeted APGD breaks {100 * gained:.1f} % of the sample that {sample.attack.name} left standing"
     weak = "PGD" if sample.attack.name == "autoattack" else sample.attack.name
-    hint = f"; {weak} numbers of this model are too high" if gained > WEAK else ""
-    return Finding("gap", gained > WEAK, gained, WEAK, sample.n, text + hint)
+    alarm = many(count, sample.n, WEAK)
+    hint = f"; {weak} numbers of this model are too high" if alarm else ""
+    return Finding("gap", alarm, gained, WEAK, sample.n, text + hint)
 
 
 def black_box(sample: Sample) -> Finding | None:
@@ -111,14 +145,15 @@ def black_box(sample: Sample) -> Finding | None:
     if sample.attack.name == "square" or isinstance(sample.attack, Transfer):
         return None
     if sample.fell_blind is not None:
-        gained, n = sample.fell_blind / max(1, sample.total), sample.total
+        count, n = sample.fell_blind, sample.total
     else:
         rows = sample.stood.nonzero().squeeze(1)
         square = Square(sample.attack.eps, 200, norm=sample.attack.norm)
-        gained, n = (len(rows) - standing_part(sample, rows, square)) / sample.n, sample.n
-    text = f"Square, without gradients, breaks {100 * gained:.1f} % that withstood gradients"
-    hint = "; the gradients may be masked" if gained > FEW else ""
-    return Finding("black-box", gained > FEW, gained, FEW, n, text + hint)
+        count, n = len(rows) - standing_part(sample, rows, square), sample.n
+    alarm = many(count, n, FEW)
+    text = f"Square, without gradients, breaks {count} of {n} images that withstood gradients"
+    hint = "; the gradients may be masked" if alarm else ""
+    return Finding("black-box", alarm, count / n, FEW, n, text + hint)
 
 
 def transfer(sample: Sample) -> Finding | None:
@@ -126,18 +161,19 @@ def transfer(sample: Sample) -> Finding | None:
     if sample.source is None or isinstance(sample.attack, Transfer):
         return None
     rows = sample.stood.nonzero().squeeze(1)
-    gained = (len(rows) - standing_part(sample, rows, Transfer(sample.pgd(20), sample.source))) / sample.n
-    text = f"images made on another model break {100 * gained:.1f} % that withstood the attack on this one"
-    hint = "; the gradients may be masked" if gained > FEW else ""
-    return Finding("transfer", gained > FEW, gained, FEW, sample.n, text + hint)
+    count = len(rows) - standing_part(sample, rows, Transfer(sample.pgd(20), sample.source))
+    alarm = many(count, sample.n, FEW)
+    text = f"images made on another model break {count} of {sample.n} that withstood the attack on this one"
+    hint = "; the gradients may be masked" if alarm else ""
+    return Finding("transfer", alarm, count / sample.n, FEW, sample.n, text + hint)
 
 
 def zero_gradient(sample: Sample) -> Finding:
     """Input gradients that are exactly zero."""
-    share, limit = sample.zero, 0.1
+    share, limit = sample.zero, BLIND
     hint = "; the attack may have seen nothing" if share > limit else ""
     text = f"{100 * share:.1f} % of the input gradients are exactly zero{hint}"
-    return Finding("zero-gradient", share > limit, share, limit, sample.n, text)
+    return Finding("zero-gradient", share > limit, share, limit, sample.zero_n or sample.n, text)
 
 
 def batch_size(sample: Sample) -> Finding:
@@ -145,8 +181,8 @@ def batch_size(sample: Sample) -> Finding:
     attack = sample.pgd(10)
     large, small = stands(sample.f, sample, attack), stands(sample.f, sample, attack, SMALL_BATCH)
     gained = float((large & ~small).sum()) / sample.n
-    changed = float((large != small).sum()) / sample.n
-    alarm = changed > SAME
+    count = int((large != small).sum())
+    changed, alarm = count / sample.n, many(count, sample.n, SAME)
     hint = "; robust accuracy depends on the batch" if alarm else ""
     text = f"PGD-10 in batches of {SMALL_BATCH} changes {100 * changed:.1f} % of the answers, {100 * gained:.1f} % fall"
     return Finding("batch-size", alarm, changed, SAME, sample.n, text + hint)
@@ -157,8 +193,9 @@ def precision(sample: Sample) -> Finding | None:
     if sample.exact is None:
         return None
     attack = sample.pgd(10)
-    low, high = (float(stands(f, sample, attack).sum()) / sample.n for f in (sample.f, sample.exact))
-    alarm = low - high > SAME
+    counts = [int(stands(f, sample, attack).sum()) for f in (sample.f, sample.exact)]
+    low, high = (count / sample.n for count in counts)
+    alarm = many(counts[0] - counts[1], sample.n, SAME)
     hint = "; bf16 hides what fp32 finds: use --precision fp32" if alarm else ""
     text = f"PGD-10 leaves {100 * low:.1f} % standing in bf16 and {100 * high:.1f} % in fp32{hint}"
     return Finding("precision", alarm, low - high, SAME, sample.n, text)
@@ -167,8 +204,9 @@ def precision(sample: Sample) -> Finding | None:
 def large_eps(sample: Sample) -> Finding:
     """Nothing withstands a change that may paint any picture."""
     norm = sample.attack.norm
-    left = float(stands(sample.f, sample, sample.pgd(20, LARGE[norm])).sum()) / sample.n
-    radius = "64/255" if norm == "linf" else f"{LARGE[norm]:g} in l2"
+    eps = LARGE if norm == "linf" else min(LARGE * sample.x[0].numel() ** 0.5, FAR - 1)
+    left = float(stands(sample.f, sample, sample.pgd(20, eps)).sum()) / sample.n
+    radius = "64/255" if norm == "linf" else f"{eps:.3g} in l2"
     hint = "; a working attack leaves none: it is weak or blind" if left > 0 else ""
     return Finding("large-eps", left > 0, left, 0.0, sample.n, f"{100 * left:.1f} % stand at eps {radius}{hint}")
 
@@ -177,7 +215,7 @@ def noise(sample: Sample) -> Finding:
     """Random points of the ball are as strong as PGD."""
     fell = sample.n - int(stands(sample.f, sample, Noise(sample.attack.eps, norm=sample.attack.norm)).sum())
     by_pgd = sample.n - int(stands(sample.f, sample, sample.pgd(20)).sum())
-    alarm = by_pgd < sample.n and (fell > by_pgd or fell == by_pgd >= 3)
+    alarm = by_pgd < sample.n and (fell > by_pgd or fell == by_pgd >= CHANCE)
     hint = "; the gradients lead nowhere" if alarm else ""
     text = f"ten draws of noise break {fell} images of {sample.n}, PGD-20 {by_pgd}{hint}"
     return Finding("noise", alarm, fell / sample.n, by_pgd / sample.n, sample.n, text)
@@ -185,8 +223,7 @@ def noise(sample: Sample) -> Finding:
 
 def outputs(sample: Sample) -> Finding:
     """Probabilities or bare cosines where logits should be: the attack's softmax is then nearly flat."""
-    with torch.no_grad():
-        z = sample.f(sample.x)
+    z = scores(sample.f, sample)
     widest = float(z.abs().max())
     sums = bool(((z.sum(1) - 1).abs() < 1e-3).all()) and float(z.min()) >= -1e-6
     alarm = sums or widest <= 1 + 1e-4
@@ -197,8 +234,7 @@ def outputs(sample: Sample) -> Finding:
 
 def random_forward(sample: Sample) -> Finding:
     """Two forwards of the same images differ."""
-    with torch.no_grad():
-        first, second = sample.f(sample.x), sample.f(sample.x)
+    first, second = scores(sample.f, sample), scores(sample.f, sample)
     far = float((first - second).abs().max() / (first.abs().max() + 1e-12))
     averaged = getattr(sample.attack, "version", "") == "rand" or sample.way["eot"] > 1
     alarm = far > 1e-4 and not averaged
@@ -207,15 +243,16 @@ def random_forward(sample: Sample) -> Finding:
 
 
 def stale(sample: Sample) -> Finding | None:
-    """The function that was attacked is no longer the model's, in its prompts or weights."""
+    """The function that was attacked is no longer the model's, or no longer answers as before the attack."""
     if sample.fresh is None:
         return None
-    with torch.no_grad():
-        old, new = sample.f(sample.x), sample.fresh(sample.x)
+    old, new = scores(sample.f, sample), scores(sample.fresh, sample)
     far = float((old - new).abs().max() / (old.abs().max() + 1e-12))
-    hint = "; its prompts or weights changed after the attack's function was made" if far > 1e-2 else ""
-    text = f"the attacked function and the model differ by {far:.2g} of the logits{hint}"
-    return Finding("stale", far > 1e-2, far, 1e-2, sample.n, text)
+    changed = int((old.argmax(1) != sample.y).sum())  # the sample was classified correctly
+    alarm = far > 1e-2 or many(changed, sample.n, SAME)
+    hint = "; its prompts or weights changed after the attack's function was made" if alarm else ""
+    text = f"the attacked function and the model differ by {far:.2g} of the logits, {changed} answers changed{hint}"
+    return Finding("stale", alarm, far, 1e-2, sample.n, text)
 
 
 def standing_part(sample: Sample, rows: Tensor, attack: Attack) -> int:
@@ -230,8 +267,8 @@ def zero_share(f: Function, x: Tensor, y: Tensor, bpda: bool = False) -> float:
     return float((gradient(f, x, y, cross_entropy, bpda=bpda)[0] == 0).float().mean())
 
 
-# after random_forward; REPEATED asks the same twice, which says nothing of a model that answers at random
+# random_forward first: REPEATED asks the same twice, which says nothing of a model that answers at random
 CHECKS: tuple[Callable[[Sample], Finding | None], ...] = (
-    stale, outputs, zero_gradient, batch_size, precision, noise, large_eps, gap, black_box, transfer,
+    random_forward, stale, outputs, zero_gradient, batch_size, precision, noise, large_eps, gap, black_box, transfer,
 )  # fmt: skip
 REPEATED = (stale, batch_size, precision)

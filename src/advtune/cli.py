@@ -81,7 +81,10 @@ def evaluate(args: argparse.Namespace) -> None:
         model, task, attacks, batch_size=args.batch_size, seed=args.seed, checks=args.checks or None,
         source=args.source, defence=DEFENCES.get(args.defence), out=out, resume=True, **how,
     )  # fmt: skip
-    print("\n".join(row.to_json() if args.json else sentence(row) for row in rows))
+    if args.json:
+        print("\n".join(row.to_json() for row in rows))
+        return
+    print("\n".join([sentence(row) for row in rows] + remarks(rows)))
 
 
 def _attacks(args: argparse.Namespace) -> list[Any]:
@@ -131,7 +134,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
 
 def sentence(row: Any) -> str:
     """A row as a few lines for a person."""
-    from advtune.report.table import pixels
+    from advtune.report.table import BLIND, pixels
     from advtune.rows import WHITE_BOX
 
     def percent(a: dict[str, Any]) -> str:
@@ -149,11 +152,19 @@ def sentence(row: Any) -> str:
     if row.checks:
         alarms = [each for each in row.checks if each["alarm"]]
         lines.append(f"checks: {len(row.checks)} made, {len(alarms) or 'no'} alarm{'s' if len(alarms) != 1 else ''}")
-        lines += [f"  ALARM {each['name']}: {each['text']}" for each in alarms]
-    lines += [f"note: {note}" for note in row.notes if row.attack]
-    if row.backbone.get("notice"):
-        lines.append(f"note: {row.backbone['notice']}")
+        lines += [f"  ALARM {each['name']}: {each['text']} (n={each['n']})" for each in alarms]
+    elif row.zero_gradient and row.zero_gradient["share"] > BLIND:
+        share = 100 * row.zero_gradient["share"]
+        lines.append(
+            f"WARNING: {share:.0f} % of the input gradients are exactly zero: the attack may have seen nothing"
+        )
     return "\n".join(lines)
+
+
+def remarks(rows: Sequence[Any]) -> list[str]:
+    """What a reader of these rows should know, each once."""
+    notes = [note for row in rows for note in [*row.notes, row.backbone.get("notice")] if note]
+    return [f"note: {note}" for note in dict.fromkeys(notes)]
 
 
 def report(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from advtune import runs
 from advtune.attacks import Attack, Defended, Transfer
 from advtune.attacks.gradients import Function
-from advtune.checks import IMAGES, Sample, check, zero_share
+from advtune.checks import CHECKS, IMAGES, Sample, check, zero_share
 from advtune.data import Split, Task, load_images, load_task
 from advtune.data.images import DECODER, cache_dir
 from advtune.defences import DEFENCES
@@ -26,7 +26,7 @@ from advtune.results import Row, append
 from advtune.rows import Setting, attack_facts, row, threat_model
 from advtune.train import check_seed
 from advtune.vlm import VLM
-from advtune.withstand import Journal, Outcome, withstand
+from advtune.withstand import Journal, Outcome, seeded, withstand
 
 GRADIENT_SAMPLE = 128  # images whose input gradients are looked at for exact zeros
 
@@ -90,9 +90,10 @@ def evaluate_all(
     if bpda and defence is None:
         raise UserError("bpda=true stands in for a step before the model; name the step with --defence jpeg")
     model = runs.load(model) if isinstance(model, str) else model
-    if resume and ((model.learned and not model.run) or defence not in (None, *DEFENCES.values())):
-        raise UserError("resume: a model in training, or a defence of your own, is not known again after a kill")
     source = runs.load(source, str(model.device)) if isinstance(source, str) else source
+    training = any(each is not None and each.learned and not each.run for each in (model, source))
+    if resume and (training or defence not in (None, *DEFENCES.values())):
+        raise UserError("resume: a model in training, or a defence of your own, is not known again after a kill")
     task = task_for(model, data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
     split = Split(part=part, limit=limit, resolution=side, on_bad=on_bad)
@@ -115,12 +116,10 @@ def evaluate_all(
         stands = outcome.stands
         findings = []
         if checks if checks is not None else attack.name == "autoattack":
-            with progress(f"{label}checks", 1, "check", show, brief=True), torch.random.fork_rng():
-                torch.manual_seed(seed)
-                findings = check(sample(s, attack, clean, outcome, zero["share"]))
-        rows.append(row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0))
+            with progress(f"{label}checks", len(CHECKS), "check", show) as advance, seeded(seed, model.device):
+                findings = check(sample(s, attack, clean, outcome, zero), advance)
+        rows += keep([row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0)], out)
         begin = time.monotonic()
-    keep(rows, out)
     journal.close()
     return rows
 
@@ -147,8 +146,8 @@ def task_for(
 def predict(s: Setting) -> Tensor:
     """Predicted labels [N] of clean images."""
     found = []
-    with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(s.seed)  # a defence may be random
+    seed = seeded(s.seed, s.model.device)  # a defence may be random
+    with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad(), seed:
         for x in s.images.x.split(s.size):
             logits = s.f(x.to(s.model.device).float() / 255)
             if not bool(logits.isfinite().all()):
@@ -163,8 +162,7 @@ def zero_gradients(s: Setting, bpda: bool = False) -> dict[str, float]:
     attack is blind, not that the model is robust."""
     n = min(GRADIENT_SAMPLE, len(s.images.y))
     total = 0.0
-    with torch.random.fork_rng():
-        torch.manual_seed(s.seed)
+    with seeded(s.seed, s.model.device):
         for rows in torch.arange(n).split(s.size):
             x, y = some(s, rows)
             total += zero_share(s.f, x, y, bpda) * len(rows)
@@ -176,7 +174,7 @@ def some(s: Setting, rows: Tensor) -> tuple[Tensor, Tensor]:
     return s.images.x[rows].to(s.model.device).float() / 255, s.images.y[rows].to(s.model.device)
 
 
-def sample(s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: float) -> Sample:
+def sample(s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: dict[str, float]) -> Sample:
     """What the checks look at: some of the images that are classified correctly, over the whole set."""
     rows = clean.nonzero().squeeze(1)
     rows = rows[torch.linspace(0, len(rows) - 1, min(IMAGES, len(rows))).round().long()] if len(rows) else rows
@@ -184,9 +182,10 @@ def sample(s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: fl
     blind = next((stage["fell"] for stage in outcome.stages[1:] if stage["attack"] == "square"), None)
     other = other_model(s)
     return Sample(
-        s.f, x, y, outcome.stands[rows].to(y.device), attack, zero,
+        s.f, x, y, outcome.stands[rows].to(y.device), attack, zero["share"],
         exact=in_fp32(s) if s.model.precision == "bf16" else None, fresh=s.function(s.model),
-        source=None if other is None else s.function(other), fell_blind=blind, total=len(s.images.y),
+        source=None if other is None else s.function(other), fell_blind=blind, total=int(clean.sum()),
+        size=s.size, zero_n=int(zero["n"]),
     )  # fmt: skip
 
 

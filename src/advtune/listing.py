@@ -82,6 +82,11 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
     else:
         for fact in facts:
             _show_options(console, fact)
+    if what == "attacks":
+        console.print(
+            "transfer: any of these but autoattack, with --source MODEL: the images are made on that model",
+            soft_wrap=True,
+        )
     if what == "methods":
         console.print("† reconstructed: no public source gives it; our choice, see docs/log.md")
 

@@ -75,6 +75,7 @@ def row(
         notes.append("images that fell at a smaller eps were not attacked again")
     if attack is not None and hasattr(attack, "notes"):
         notes += attack.notes(len(task.classes))
+    origin = {} if s.source is None else {"source": s.source.origin.name, "source_sha256": s.source.origin.sha256}
     flags = {"clean": flag_text(clean.tolist())}
     if outcome is not None:
         flags |= {f"after {name}": flag_text(stood.tolist()) for name, stood in outcome.after.items()}
@@ -98,7 +99,7 @@ def row(
             "texts_sha256": texts,
             "skipped": images.skipped,
         },
-        attack=None if attack is None else {**attack_facts(attack), "seed": s.seed},
+        attack=None if attack is None else {**attack_facts(attack), **origin, "seed": s.seed},
         threat=s.threat,
         clean=accuracy(clean.tolist()),
         robust=None if outcome is None else accuracy(outcome.stands.tolist()),

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,11 +55,15 @@ class Journal:
     def add(self, stage: str, rows: Tensor, stands: Tensor) -> None:
         """Keep an answer, on the disk before this returns."""
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"stage": stage, "rows": rows.tolist(), "stands": stands.tolist()}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"stage": stage, "rows": rows.tolist(), "stands": stands.tolist()}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                warnings.warn(f"no journal, so no going on after a kill: {self.path}: {error.strerror}", stacklevel=2)
+                self.path = None
 
     def close(self) -> None:
         """The evaluation is complete: its row takes the place of the journal."""
@@ -84,12 +90,13 @@ def withstand(
     outcome = Outcome(start.clone())
     for stage in attack.stages() if hasattr(attack, "stages") else [attack]:
         begin, rows, key = time.monotonic(), outcome.stands.nonzero().squeeze(1), f"{label}{stage.name}"
-        with progress(key, len(rows), "image", show) as advance, torch.random.fork_rng():
+        with progress(key, len(rows), "image", show) as advance:
+            seen = Seen(f, lambda n: advance(0, note=f"{int(outcome.stands.sum())} of {len(images.y)} stand, {n} seen"))
             for some, known in known_first(journal, key, rows.split(size)):
                 left = known
                 if left is None:
-                    torch.manual_seed(seed)
-                    left = attacked(f, images, some, stage, device)
+                    with seeded(seed, device):
+                        left = attacked(seen, images, some, stage, device)
                     journal.add(key, some, left)
                 outcome.stands[some] = left
                 advance(len(some), note=f"{int(outcome.stands.sum())} of {len(images.y)} stand")
@@ -98,6 +105,31 @@ def withstand(
         outcome.stages.append({"attack": stage.name, "attacked": len(rows), "fell": fell, "seconds": seconds})
         outcome.after[stage.name] = outcome.stands.clone()
     return outcome
+
+
+class Seen:
+    """f, telling after every call how many images it was shown: a batch can take many minutes."""
+
+    def __init__(self, f: Any, tell: Callable[[int], None]):
+        self.f, self.tell, self.images = f, tell, 0
+        if hasattr(f, "approximate"):
+            self.approximate = lambda x: self.told(f.approximate, x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.told(self.f, x)
+
+    def told(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self.images += len(x)
+        self.tell(self.images)
+        return f(x)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A block with its own random numbers; the generators of the processor and of `device` are then as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def known_first(journal: Journal, stage: str, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -123,7 +155,8 @@ def attacked(
     x_adv = attack(f, x, y)
     check_budget(x, x_adv, attack)
     with torch.no_grad():
-        return (f(x_adv).argmax(1) == y).cpu()
+        logits = f(x_adv)
+    return ((logits.argmax(1) == y) & logits.isfinite().all(1)).cpu()
 
 
 def check_budget(x: Tensor, x_adv: Tensor, attack: Attack) -> None:

@@ -47,7 +47,7 @@ class APGD:
     loss: str = option("ce", "what is raised", choices=tuple(NAMES))
     targets: int = option(9, "wrong classes that dlr-targeted tries, likeliest first", low=1)
     rho: float = option(0.75, "share of steps that must raise the loss", low=0, high=1)
-    early_stop: bool = option(True, "images that are fooled leave the batch (exact for accuracy)")
+    early_stop: bool = option(True, "images that are fooled leave the batch (exact for accuracy); not with eot > 1")
     norm: str = norm_option()
     eot: int = eot_option()
     bpda: bool = bpda_option()
@@ -98,7 +98,7 @@ class APGD:
                 s["z"], s["old"] = self._move(s, 0.75 if i > 1 else 1.0), s["z"]
             last = i == self.steps
             slope, each, logits = gradient(f, s["z"], s["target"], loss, not last, self.eot, self.bpda)
-            fooled = logits.argmax(1) != s["y"] if self.early_stop else torch.zeros_like(each) > 0
+            fooled = logits.argmax(1) != s["y"] if self.early_stop and self.eot == 1 else torch.zeros_like(each) > 0
             better = fooled | (each > height[live])
             found[live[better]], height[live[better]] = s["z"][better], torch.where(fooled, torch.inf, each)[better]
             if last or bool(fooled.all()):

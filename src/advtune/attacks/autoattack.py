@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from advtune.attacks.apgd import APGD
@@ -52,6 +53,7 @@ class AutoAttack:
         """What few classes change."""
         return [note for stage in self.stages() if hasattr(stage, "notes") for note in stage.notes(classes)]
 
+    @torch.no_grad()
     def __call__(self, f: Function, x: Tensor, y: Tensor, loss: object = None) -> Tensor:
         """Images x [B, 3, S, S] and labels y [B] -> adversarial images, or the last attack's. `loss` is not used."""
         found = x.detach().clone()

@@ -31,6 +31,8 @@ def check_attack(attack: Any) -> None:
     check(attack, what)
     if attack.norm == "linf":
         parse_eps(attack.eps, f"{what}: eps")
+    elif attack.eps == 1 / 255:  # the default, for l_inf
+        raise UserError(f"{what}: in l2 eps is the length of the whole change; give one, such as eps=0.5")
     elif attack.eps >= FAR:
         raise UserError(f"{what}: eps={attack.eps:g} in l2; pixels are floats in [0, 1]: write {attack.eps:g}/255")
 

@@ -13,8 +13,10 @@ from advtune.losses import cross_entropy
 
 @dataclass(frozen=True)
 class FGSM:
-    """x' = clip(x + eps * sign(grad)), in l_2 with grad / ||grad|| (Goodfellow et al., arXiv:1412.6572). Weak: one
-    step from the image. A model that withstands only this withstands nothing."""
+    """One step of length eps along the gradient's sign (Goodfellow et al., arXiv:1412.6572).
+
+    x' = clip(x + eps * sign(grad)), in l_2 with grad / ||grad||. A model that withstands only this withstands nothing.
+    """
 
     eps: float = eps_option()
     norm: str = norm_option()

@@ -44,7 +44,7 @@ class PGD:
     restarts: int = option(1, "runs from new random starts, on what still stands", low=1)
     random_start: bool = option(True, "start from a random point of the ball")
     keep: str = option("best", "the iterate to return; best costs one more forward", choices=("best", "last"))
-    early_stop: bool = option(True, "images that are fooled leave the batch (exact for accuracy)")
+    early_stop: bool = option(True, "images that are fooled leave the batch (exact for accuracy); not with eot > 1")
     norm: str = norm_option()
     loss: str = option("ce", "what is raised; kl: KL(f(x) || f(x'))", choices=tuple(LOSSES))
     eot: int = eot_option()
@@ -64,6 +64,11 @@ class PGD:
     @property
     def name(self) -> str:
         return "cw-pgd" if self.loss == "margin" else "pgd"
+
+    @property
+    def leave(self) -> bool:
+        """Whether fooled images leave. What fools a random model once, on average, may not the next time."""
+        return self.early_stop and self.eot == 1
 
     @property
     def step(self) -> float:
@@ -113,7 +118,7 @@ class PGD:
         for step in range(self.steps + 1):
             last = step == self.steps
             slope, each, logits = gradient(f, z, target[live], loss, not last, self.eot, self.bpda)
-            fooled = logits.argmax(1) != y[live] if self.early_stop else torch.zeros_like(each) > 0
+            fooled = logits.argmax(1) != y[live] if self.leave else torch.zeros_like(each) > 0
             each = torch.where(fooled, torch.inf, each)
             better = fooled | (each > height[live]) | (self.keep == "last")
             best[live[better]], height[live[better]] = z[better], each[better]

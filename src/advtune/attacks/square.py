@@ -21,9 +21,10 @@ NUMBERS = 8  # random numbers that a query uses
 
 @dataclass(frozen=True)
 class Square:
-    """Square attack, black-box (Andriushchenko et al., arXiv:1912.00049): a change of a random square is kept when
-    it raises the margin. In l_inf a square is x +- eps for each channel; in l_2 the change of one window moves to
-    another. It asks for no gradient, so what it breaks and gradient attacks do not is a sign of masking.
+    """Square attack, random search without gradients (Andriushchenko et al., arXiv:1912.00049).
+
+    A change of a random square is kept when it raises the margin. In l_inf a square is x +- eps for each channel; in
+    l_2 the change of one window moves to another. What it breaks and gradient attacks do not is a sign of masking.
     """
 
     eps: float = eps_option()

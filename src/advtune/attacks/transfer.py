@@ -23,8 +23,8 @@ class Transfer:
     name = "transfer"
 
     def __post_init__(self) -> None:
-        if hasattr(self.attack, "stages"):
-            raise UserError("transfer: an ensemble stops at what fools the source; name one attack, such as apgd-ce")
+        if hasattr(self.attack, "stages") or self.attack.name in ("fab-t", "cw-l2"):
+            raise UserError(f"transfer: {self.attack.name} stops at what just fools the source; use pgd or apgd-ce")
 
     @property
     def eps(self) -> float:

@@ -105,7 +105,7 @@ def footnotes(section: Sequence[Line]) -> list[str]:
         if len(line["stages"]) > 1:
             counts = (f"{each['attack']} broke {each['fell']} of {each['attacked']}" for each in line["stages"])
             notes.append(f"{label(line)}: {', '.join(counts)}.")
-        notes += [f"Alarm, {label(line)}: {each['text']}." for each in line["alarms"]]
+        notes += [f"Alarm, {label(line)}: {each['text']} (n = {each['n']})." for each in line["alarms"]]
     checked = [line for line in section if line["checks"]]
     if checked and not any(line["alarms"] for line in checked):
         where = "" if len(checked) == len(section) else f" on {len(checked)} of {len(section)} lines"

@@ -179,7 +179,9 @@ def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
     return line | {
         "stages": merged([each.stages for each in group]),
         "checks": list(dict.fromkeys(finding["name"] for finding in checks)),
-        "alarms": [{key: finding[key] for key in ("name", "value", "text")} for finding in checks if finding["alarm"]],
+        "alarms": [
+            {key: finding[key] for key in ("name", "value", "n", "text")} for finding in checks if finding["alarm"]
+        ],
         "zero_gradient_share": worst.get("share"),
         "zero_gradient_n": worst.get("n"),
         "reconstructed": sorted({name for each in group for name in each.reconstructed}),
