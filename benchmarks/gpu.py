@@ -138,10 +138,9 @@ def main() -> None:
                 continue
             attack = replace(AutoAttack(), eps=args.eps[0] / 255)
             curve = [n / 255 for n in args.eps]
-            for row in evaluate_curve(
-                advtune.load(name, str(device)), data, attack, curve, limit=args.limit, batch_size=args.batch
-            ):
-                results.append(args.out / "results.jsonl", row)
+            model = advtune.load(name, str(device))
+            how = {"limit": args.limit, "batch_size": args.batch, "out": args.out}  # a row is written as it is done
+            for row in evaluate_curve(model, data, attack, curve, **how):
                 print(name, data, row.attack["eps"], row.clean["accuracy"], row.robust["accuracy"], flush=True)
 
 
