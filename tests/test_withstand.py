@@ -421,3 +421,5 @@ def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path):
         journal.add("pgd", torch.arange(2), torch.ones(2) > 0)
     journal.add("pgd", torch.arange(2), torch.ones(2) > 0)
     journal.close()
+    assert journal.path is None
+    assert (tmp_path / "file").read_text() == ""

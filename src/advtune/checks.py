@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,18 @@ class Sample:
         attack = getattr(self.attack, "attack", self.attack)  # what a transfer carries over
         return {"norm": attack.norm, "eot": getattr(attack, "eot", 1), "bpda": getattr(attack, "bpda", False)}
 
+    @cached_property
+    def under_pgd10(self) -> Tensor:
+        """Which images [B] stand under PGD-10, which several checks ask."""
+        return stands(self.f, self, self.pgd(10))
+
+    @cached_property
+    def under_pgd20(self) -> Tensor:
+        """Which images [B] stand under PGD-20."""
+        return stands(self.f, self, self.pgd(20))
+
     def pgd(self, steps: int, eps: float | None = None) -> PGD:
+        """PGD that gets its gradient as the attack does."""
         return PGD(self.attack.eps if eps is None else eps, steps, **self.way)
 
 
@@ -125,13 +137,12 @@ def gap(sample: Sample) -> Finding | None:
     if isinstance(sample.attack, Transfer):
         return None
     if sample.attack.name == "autoattack":
-        count = int((stands(sample.f, sample, sample.pgd(20)) & ~sample.stood).sum())
+        count = int((sample.under_pgd20 & ~sample.stood).sum())
         gained = count / sample.n
         text = f"PGD-20 leaves {100 * gained:.1f} % of the sample standing that AutoAttack breaks"
     else:
         strong = APGD(sample.attack.eps, 30, loss="dlr-targeted", targets=3, **sample.way)
-        rows = sample.stood.nonzero().squeeze(1)
-        count = len(rows) - standing_part(sample, rows, strong)
+        count = broken(sample, strong)
         gained = count / sample.n
         text = f"targeted APGD breaks {100 * gained:.1f} % of the sample that {sample.attack.name} left standing"
     weak = "PGD" if sample.attack.name == "autoattack" else sample.attack.name
@@ -147,9 +158,7 @@ def black_box(sample: Sample) -> Finding | None:
     if sample.fell_blind is not None:
         count, n = sample.fell_blind, sample.total
     else:
-        rows = sample.stood.nonzero().squeeze(1)
-        square = Square(sample.attack.eps, 200, norm=sample.attack.norm)
-        count, n = len(rows) - standing_part(sample, rows, square), sample.n
+        count, n = broken(sample, Square(sample.attack.eps, 200, norm=sample.attack.norm)), sample.n
     alarm = many(count, n, FEW)
     text = f"Square, without gradients, breaks {count} of {n} images that withstood gradients"
     hint = "; the gradients may be masked" if alarm else ""
@@ -160,8 +169,7 @@ def transfer(sample: Sample) -> Finding | None:
     """Adversarial images of another model break what the white-box attack did not."""
     if sample.source is None or isinstance(sample.attack, Transfer):
         return None
-    rows = sample.stood.nonzero().squeeze(1)
-    count = len(rows) - standing_part(sample, rows, Transfer(sample.pgd(20), sample.source))
+    count = broken(sample, Transfer(sample.pgd(20), sample.source))
     alarm = many(count, sample.n, FEW)
     text = f"images made on another model break {count} of {sample.n} that withstood the attack on this one"
     hint = "; the gradients may be masked" if alarm else ""
@@ -178,8 +186,7 @@ def zero_gradient(sample: Sample) -> Finding:
 
 def batch_size(sample: Sample) -> Finding:
     """The same attack, from the same starts, in small batches."""
-    attack = sample.pgd(10)
-    large, small = stands(sample.f, sample, attack), stands(sample.f, sample, attack, SMALL_BATCH)
+    large, small = sample.under_pgd10, stands(sample.f, sample, sample.pgd(10), SMALL_BATCH)
     gained = float((large & ~small).sum()) / sample.n
     count = int((large != small).sum())
     changed, alarm = count / sample.n, many(count, sample.n, SAME)
@@ -192,8 +199,7 @@ def precision(sample: Sample) -> Finding | None:
     """bf16 beside fp32: low precision can weaken the attack."""
     if sample.exact is None:
         return None
-    attack = sample.pgd(10)
-    counts = [int(stands(f, sample, attack).sum()) for f in (sample.f, sample.exact)]
+    counts = [int(stood.sum()) for stood in (sample.under_pgd10, stands(sample.exact, sample, sample.pgd(10)))]
     low, high = (count / sample.n for count in counts)
     alarm = many(counts[0] - counts[1], sample.n, SAME)
     hint = "; bf16 hides what fp32 finds: use --precision fp32" if alarm else ""
@@ -214,7 +220,7 @@ def large_eps(sample: Sample) -> Finding:
 def noise(sample: Sample) -> Finding:
     """Random points of the ball are as strong as PGD."""
     fell = sample.n - int(stands(sample.f, sample, Noise(sample.attack.eps, norm=sample.attack.norm)).sum())
-    by_pgd = sample.n - int(stands(sample.f, sample, sample.pgd(20)).sum())
+    by_pgd = sample.n - int(sample.under_pgd20.sum())
     alarm = by_pgd < sample.n and (fell > by_pgd or fell == by_pgd >= CHANCE)
     hint = "; the gradients lead nowhere" if alarm else ""
     text = f"ten draws of noise break {fell} images of {sample.n}, PGD-20 {by_pgd}{hint}"
@@ -236,8 +242,7 @@ def random_forward(sample: Sample) -> Finding:
     """Two forwards of the same images differ."""
     first, second = scores(sample.f, sample), scores(sample.f, sample)
     far = float((first - second).abs().max() / (first.abs().max() + 1e-12))
-    averaged = getattr(sample.attack, "version", "") == "rand" or sample.way["eot"] > 1
-    alarm = far > 1e-4 and not averaged
+    alarm = far > 1e-4 and sample.way["eot"] == 1
     hint = "; the model is random: attack it with autoattack -a version=rand, or -a eot=20" if alarm else ""
     return Finding("random", alarm, far, 1e-4, sample.n, f"two forwards differ by {far:.2g} of the logits{hint}")
 
@@ -255,11 +260,12 @@ def stale(sample: Sample) -> Finding | None:
     return Finding("stale", alarm, far, 1e-2, sample.n, text)
 
 
-def standing_part(sample: Sample, rows: Tensor, attack: Attack) -> int:
-    """How many of the sample's images `rows` stand under an attack."""
-    if len(rows) == 0:
+def broken(sample: Sample, attack: Attack) -> int:
+    """How many of the images that stood fall to another attack."""
+    if not bool(sample.stood.any()):
         return 0
-    return int(stands(sample.f, replace(sample, x=sample.x[rows], y=sample.y[rows]), attack).sum())
+    left = replace(sample, x=sample.x[sample.stood], y=sample.y[sample.stood])
+    return int((~stands(sample.f, left, attack)).sum())
 
 
 def zero_share(f: Function, x: Tensor, y: Tensor, bpda: bool = False) -> float:

@@ -54,9 +54,9 @@ def evaluate(
     An image counts as robust when it is classified correctly both clean and attacked. Class names and template
     come from the data set, so a tuned model on another set is a cross-dataset evaluation. checks: look for signs
     that the number is too high (default: with AutoAttack). source: make the adversarial images on this other model
-    (transfer). defence: a step on the images before the model, attacked through. out: folder whose
-    results.jsonl gets the row. resume: keep a journal in the
-    cache folder, and go on from it; only for models read from disk. Raises UserError on bad input.
+    (transfer). defence: a step on the images before the model, attacked through. out: folder whose results.jsonl
+    gets the row. resume: keep a journal in the cache folder, and go on from it; only for models read from disk.
+    Raises UserError on bad input.
     """
     return evaluate_all(
         model, data, [attack], part=part, limit=limit, resolution=resolution, on_bad=on_bad, batch_size=batch_size,
@@ -99,25 +99,27 @@ def evaluate_all(
     split = Split(part=part, limit=limit, resolution=side, on_bad=on_bad)
     images = load_images(task, split, progress=show)
     threat = threat_model(source, defence, attacks[-1])
-    s = Setting(model, task, split, images, lambda x: x, batch_size, seed, show, threat, source, defence)
-    s = dataclasses.replace(s, f=s.function(model))
+    s = Setting(model, task, split, images, batch_size, seed, show, threat, source, defence)
     clean = predict(s) == images.y
     if attacks[0] is None:
         return keep([row(s, None, clean, None, None, [], time.monotonic() - begin)], out)
     zero = zero_gradients(s, bpda)
     journal = Journal(journal_path(s, attacks) if resume else None)
+    looked = checks if checks is not None else attacks[0].name == "autoattack"
+    made_on = None if source is None else s.function(source)
+    other = other_model(s) if looked else None
     stands, rows = clean, []
     for number, attack in enumerate(attacks):
         assert attack is not None
-        if source is not None:
-            attack = Transfer(attack, s.function(source))
+        if made_on is not None:
+            attack = Transfer(attack, made_on)
         label = f"eps {attack.eps * 255:g}/255 " if len(attacks) > 1 else ""
         outcome = withstand(s.f, images, stands, attack, batch_size, model.device, seed, show, journal, label)
         stands = outcome.stands
         findings = []
-        if checks if checks is not None else attack.name == "autoattack":
+        if looked:
             with progress(f"{label}checks", len(CHECKS), "check", show) as advance, seeded(seed, model.device):
-                findings = check(sample(s, attack, clean, outcome, zero), advance)
+                findings = check(sample(s, attack, clean, outcome, zero, other), advance)
         rows += keep([row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0)], out)
         begin = time.monotonic()
     journal.close()
@@ -164,23 +166,19 @@ def zero_gradients(s: Setting, bpda: bool = False) -> dict[str, float]:
     total = 0.0
     with seeded(s.seed, s.model.device):
         for rows in torch.arange(n).split(s.size):
-            x, y = some(s, rows)
+            x, y = s.images.batch(rows, s.model.device)
             total += zero_share(s.f, x, y, bpda) * len(rows)
     return {"share": total / n, "n": n}
 
 
-def some(s: Setting, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, S, S] in [0, 1] and labels [B] of these rows, on the model's device."""
-    return s.images.x[rows].to(s.model.device).float() / 255, s.images.y[rows].to(s.model.device)
-
-
-def sample(s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: dict[str, float]) -> Sample:
+def sample(
+    s: Setting, attack: Attack, clean: Tensor, outcome: Outcome, zero: dict[str, float], other: VLM | None
+) -> Sample:
     """What the checks look at: some of the images that are classified correctly, over the whole set."""
     rows = clean.nonzero().squeeze(1)
     rows = rows[torch.linspace(0, len(rows) - 1, min(IMAGES, len(rows))).round().long()] if len(rows) else rows
-    x, y = some(s, rows)
+    x, y = s.images.batch(rows, s.model.device)
     blind = next((stage["fell"] for stage in outcome.stages[1:] if stage["attack"] == "square"), None)
-    other = other_model(s)
     return Sample(
         s.f, x, y, outcome.stands[rows].to(y.device), attack, zero["share"],
         exact=in_fp32(s) if s.model.precision == "bf16" else None, fresh=s.function(s.model),

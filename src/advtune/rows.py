@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,13 +30,17 @@ class Setting:
     task: Task
     split: Split
     images: Images
-    f: Function
     size: int
     seed: int
     show: bool
     threat: str = WHITE_BOX
     source: VLM | None = None
     defence: Function | None = None
+
+    @cached_property
+    def f(self) -> Function:
+        """The function that is attacked and scored, made once."""
+        return self.function(self.model)
 
     def function(self, model: VLM) -> Function:
         """Images -> logits over this task's classes, behind the defence if there is one."""

@@ -151,7 +151,7 @@ def attacked(
 ) -> Tensor:
     """Which of the images `rows` [B] are still classified correctly after the attack. Raises RuntimeError when it
     left its budget."""
-    x, y = images.x[rows].to(device).float() / 255, images.y[rows].to(device)
+    x, y = images.batch(rows, device)
     x_adv = attack(f, x, y)
     check_budget(x, x_adv, attack)
     with torch.no_grad():

@@ -13,11 +13,11 @@ from advtune.attacks.ball import (
     ascent,
     check_attack,
     distance,
+    draw,
     eps_option,
     image_seeds,
     norm_option,
     project,
-    uniform,
     wide,
 )
 from advtune.attacks.gradients import Function, Loss, bpda_option, eot_option, gradient, standing
@@ -81,7 +81,7 @@ class APGD:
             aims = [torch.stack([y, to], 1) for to in wrong(f, x, y, self.targets)]  # each [B, 2]
 
         def attempt(number: int, aim: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            u = uniform([seeds[i] for i in rows.tolist()], x.shape[1:], x, number)
+            u = draw(seeds, rows, x, number)
             return self._climb(f, start(x[rows], self.eps, self.norm, u), x[rows], y[rows], aim[rows], raised)
 
         return standing(x, (partial(attempt, number, aim) for number, aim in enumerate(aims * self.restarts)))

@@ -80,6 +80,11 @@ def uniform(seeds: Sequence[int], shape: Sequence[int], like: Tensor, salt: int 
     return out.to(like.device)
 
 
+def draw(seeds: Sequence[int], rows: Tensor, x: Tensor, salt: int) -> Tensor:
+    """A number in [0, 1) for every pixel of the images `rows` of x [B, 3, S, S], whose seeds are given."""
+    return uniform([seeds[i] for i in rows.tolist()], x.shape[1:], x, salt)
+
+
 def random_point(x: Tensor, eps: float, norm: str, u: Tensor) -> Tensor:
     """Points of the ball around x, clipped to [0, 1], from uniform numbers u [B, 3, S, S]: in l_inf uniform in the
     ball; in l_2 uniform in direction and radius (uniform in the volume would be the surface: d is large)."""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from advtune.attacks.ball import check_attack, eps_option, image_seeds, norm_option, random_point, uniform
+from advtune.attacks.ball import check_attack, draw, eps_option, image_seeds, norm_option, random_point
 from advtune.attacks.gradients import Function, Loss, standing
 from advtune.losses import cross_entropy
 from advtune.options import option
@@ -34,7 +34,7 @@ class Noise:
         seeds = image_seeds(x)
 
         def attempt(number: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            u = uniform([seeds[i] for i in rows.tolist()], x.shape[1:], x, number)
+            u = draw(seeds, rows, x, number)
             z = random_point(x[rows], self.eps, self.norm, u)
             logits = f(z)
             return z, torch.where(logits.argmax(1) != y[rows], torch.inf, loss(logits, y[rows]).float())

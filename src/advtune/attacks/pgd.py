@@ -11,12 +11,12 @@ from torch import Tensor
 from advtune.attacks.ball import (
     ascent,
     check_attack,
+    draw,
     eps_option,
     image_seeds,
     norm_option,
     project,
     random_point,
-    uniform,
 )
 from advtune.attacks.gradients import Function, Loss, bpda_option, eot_option, gradient, standing
 from advtune.errors import UserError
@@ -97,7 +97,7 @@ class PGD:
         def attempt(number: int, rows: Tensor) -> tuple[Tensor, Tensor]:
             z = x[rows]
             if self.random_start:
-                u = uniform([seeds[i] for i in rows.tolist()], x.shape[1:], x, number)
+                u = draw(seeds, rows, x, number)
                 z = random_point(z, self.eps, self.norm, u)
             return self._climb(f, z, x[rows], y[rows], target[rows], climb)
 

@@ -45,6 +45,10 @@ class Images:
     skipped: list[str]
     hashes: list[str]
 
+    def batch(self, rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [B, 3, S, S] in [0, 1] and labels [B] of these rows, on a device."""
+        return self.x[rows].to(device).float() / 255, self.y[rows].to(device)
+
 
 def load_images(task: Task, split: Split, *, cache: Path | None = None, progress: bool = True) -> Images:
     """Choose, read and decode the images of `split`. `cache` is a folder, by default `cache_dir()`.
