@@ -71,7 +71,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: [B, L, W] -> [B, L, W]."""
+    """One pre-norm transformer layer: [B, L, W] -> [B, L, W], or only the first `rows` tokens [B, rows, W]."""
 
     def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
@@ -84,9 +84,17 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.mlp, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, W/H]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, W/H]
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        normed = self.norm1(x)
+        if rows is None:
+            qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, W/H]
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, W/H]
+        else:
+            width, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
+            q = F.linear(normed[:, :rows], weight[:width], bias[:width]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            kv = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
+            k, v = kv.permute(2, 0, 3, 1, 4)
+            x = x[:, :rows]
         mixed = attend(q, k, v, self.causal)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
@@ -133,7 +141,7 @@ class ImageTower(nn.Module):
         for i, block in enumerate(self.blocks):
             if prompts is not None and 0 < i < prompts.shape[0]:
                 x = overwrite(x, prompts[i], plain)
-            x = block(x)
+            x = block(x, rows=1 if i == len(self.blocks) - 1 else None)  # the class token alone is read
         return self.project(self.norm_post(x[:, 0]))
 
 
