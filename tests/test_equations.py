@@ -103,9 +103,9 @@ def test_pmg_aft_released():
     assert gradients(live["clean"], s.clean, s.adversarial) == [False, True]
 
 
-def test_pmg_aft_released_normalises_with_imagenet(vlm):
+def test_pmg_aft_released_normalises_with_imagenet(vlm, task):
     for preset, mean in (("paper", 0.4), ("released", 0.485)):
-        models = configure("pmg-aft", {"preset": preset})[0].setup(vlm, "a {}", 0)
+        models = configure("pmg-aft", {"preset": preset})[0].setup(vlm, task, 0)
         assert all(model.clip.config.preprocess.mean[0] == mean for model in models.values())
     assert vlm.clip.config.preprocess.mean[0] == 0.4
 
@@ -221,9 +221,9 @@ def test_apd_offline_and_frozen():
     assert terms(frozen, {"student": s, "teacher": t})[0].keys() == {"distil"}
 
 
-def test_who_learns(vlm):
+def test_who_learns(vlm, task):
     def learning(name, **options):
-        models = configure(name, options)[0].setup(vlm, "a photo of {}", 0)
+        models = configure(name, options)[0].setup(vlm, task, 0)
         return {
             m: sorted({n.split(".")[0] + "." + n.split(".")[1] for n, p in v.named_parameters() if p.requires_grad})
             for m, v in models.items()
@@ -246,7 +246,7 @@ def test_the_frozen_model_never_moves_and_the_student_does(name, vlm, task):
     tuned = tune(name, vlm, task, shots=2, epochs=2, options={"lr": 0.01, "warmup": 0, "warmup_epochs": 0}, show=False)
     assert all(torch.equal(p, before[n]) for n, p in vlm.named_parameters())
     assert not any(p.grad is not None for p in vlm.parameters())
-    fresh = configure(name)[0].setup(vlm, task.template, 0)["student"].delta()
+    fresh = configure(name)[0].setup(vlm, task, 0)["student"].delta()
     assert all(not torch.equal(value, fresh[n]) for n, value in tuned.delta().items() if value.dim() > 1)
 
 

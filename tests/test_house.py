@@ -20,7 +20,7 @@ def lines_of(node):
 def test_sizes_and_docstrings(path):
     text = path.read_text()
     tree = ast.parse(text)
-    limit = 110 if path.parent.name == "methods" else 310
+    limit = 110 if path.parent.name == "methods" and path.name != "__init__.py" else 310
     assert text.count("\n") <= limit
     assert ast.get_docstring(tree), "a module says what it is"
     for node in ast.walk(tree):
@@ -39,6 +39,17 @@ def test_nobody_inherits_from_a_method_or_an_attack():
                 assert [ast.unparse(b) for b in node.bases] in ([], ["Protocol"]), f"{path.name}: {node.name}"
 
 
+def test_no_run_of_six_lines_stands_in_two_method_files():
+    seen = {}
+    for path in SOURCE.glob("methods/*.py"):
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line for line in lines if line and not line.startswith(("from ", "import "))]
+        for run in {tuple(lines[i : i + 6]) for i in range(len(lines) - 5)}:
+            assert run not in seen, f"{path.name} and {seen.get(run)}: {run[0]}"
+            seen[run] = path.name
+    assert len(seen) > 300
+
+
 def test_methods_cite_and_mark():
     from advtune.methods import METHODS
     from advtune.options import describe
@@ -48,8 +59,8 @@ def test_methods_cite_and_mark():
         assert kind.paper in (kind.__doc__ or "")
     assert {"weight", "lam", "prompt_length", "depth", "coupling", "ce", "direction"} <= marked["capt"]
     assert {"teacher", "feedback", "temperature", "ce"} <= marked["apd"]
-    assert not marked["tecoa"]
-    assert not marked["pmg-aft"]
+    assert {name for name, fields in marked.items() if fields} == {"capt", "apd", "apt"}
+    assert marked["apt"] == {"ascent"}
 
 
 def test_no_unsafe_load_and_no_machine_paths():

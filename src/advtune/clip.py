@@ -101,8 +101,9 @@ class Block(nn.Module):
 
 
 def overwrite(x: Tensor, prompt: Tensor, start: int) -> Tensor:
-    """x [B, L, W] with positions start .. start + P replaced by prompt [P, W], the same for every row."""
-    stop = start + prompt.shape[0]
+    """x [B, L, W] with positions start .. start + P replaced by prompt [P, W], the same for every row, or by each
+    row's own, [B, P, W]."""
+    stop = start + prompt.shape[-2]
     return torch.cat([x[:, :start], prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, stop:]], dim=1)
 
 
@@ -128,9 +129,10 @@ class ImageTower(nn.Module):
         x = x[:, :, : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def forward(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, prompts: Tensor | None = None, dense: bool = False) -> Tensor:
         """prompts [K, P, W]: the first is appended after the patch tokens, before the pre-norm and without a
-        position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117)."""
+        position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117).
+        dense: the embeddings of the patches, [B, N, D], in place of the class token's."""
         tokens = self.embed(self.patches(x))  # [B, N, W]
         first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([first, tokens], dim=1) + self.position  # [B, 1 + N, W]
@@ -141,8 +143,9 @@ class ImageTower(nn.Module):
         for i, block in enumerate(self.blocks):
             if prompts is not None and 0 < i < prompts.shape[0]:
                 x = overwrite(x, prompts[i], plain)
-            x = block(x, rows=1 if i == len(self.blocks) - 1 else None)  # the class token alone is read
-        return self.project(self.norm_post(x[:, 0]))
+            last = i == len(self.blocks) - 1 and not dense
+            x = block(x, rows=1 if last else None)  # the class token alone is read
+        return self.project(self.norm_post(x[:, 1:plain] if dense else x[:, 0]))
 
 
 class TextTower(nn.Module):
@@ -166,8 +169,8 @@ class TextTower(nn.Module):
         return is_end.int().argmax(dim=1)
 
     def forward(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """prompts [K, P, W] overwrite the P places after the start token: the first among the embeddings (and
-        so with position embeddings), prompt k before layer k."""
+        """prompts [K, P, W], or a text's own [K, C, P, W], overwrite the P places after the start token: the first
+        among the embeddings (and so with position embeddings), prompt k before layer k."""
         ends = self.ends(tokens)
         # Nothing after the last end token can reach an answer under the causal mask: cutting is exact.
         length = int(ends.max()) + 1
@@ -194,9 +197,13 @@ class CLIP(nn.Module):
         self.text = TextTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
 
-    def encode_image(self, x: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised. prompts [K, P, W] or none."""
-        return self.image(self.config.preprocess(x), prompts)
+    def encode_image(
+        self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False
+    ) -> Tensor:
+        """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised; dense: of the patches, [B, N, D]. prompts
+        [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels."""
+        x = self.config.preprocess(x)
+        return self.image(x if pad is None else x + pad, prompts, dense)
 
     def encode_text(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none."""

@@ -29,7 +29,7 @@ def _methods() -> list[dict[str, Any]]:
             "about": (kind.__doc__ or "").strip().splitlines()[0],
             "paper": kind.paper,
             "trains": kind.trains,
-            "presets": {name: dict(fields) for name, fields in kind.presets.items()},
+            "presets": {name: dict(fields) for name, fields in getattr(kind, "presets", {}).items()},
             "options": describe(kind),
             "recipe": describe(kind.recipe),
             "attack": describe(kind.attack),

@@ -13,6 +13,16 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
+def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
+    """-sum_c p_c log softmax(logits)_c of each image: logits [B, C], probabilities p [B, C] -> [B]."""
+    return -(p * logits.log_softmax(-1)).sum(-1)
+
+
+def squared_l2(a: Tensor, b: Tensor) -> Tensor:
+    """||a - b||^2 of each image: embeddings [B, D] -> [B]."""
+    return (a - b).square().sum(-1)
+
+
 def kl(p: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(p || q) = sum_c p_c (log p_c - log q_c) of each image: logits p, q [B, C] -> [B].
 

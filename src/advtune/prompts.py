@@ -1,6 +1,8 @@
-"""Learnable deep prompts for both towers, independent or coupled."""
+"""Learnable prompts for both towers: deep tokens, independent or coupled, class-specific contexts, a pixel frame."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,15 @@ from advtune.errors import UserError
 
 COUPLINGS = ("independent", "text-to-image", "image-to-text")
 SPREAD = 0.02  # standard deviation of a fresh prompt token
+FRAME_SIDE = 224  # the papers give a frame's width in pixels of an image of this side
+
+
+class Learned(NamedTuple):
+    """What enters the towers: text [K, P, W] (or class-specific [K, C, P, W]), image [K, P, W], pad [3, S, S]."""
+
+    text: Tensor | None = None
+    image: Tensor | None = None
+    pad: Tensor | None = None
 
 
 class Prompts(nn.Module):
@@ -19,18 +30,20 @@ class Prompts(nn.Module):
     one map a layer; image-to-text: the reverse. Coupled towers have equal P and the depth of the shallower.
     The first text prompt starts as `start` [P, W], the embeddings of a template's first words, when given;
     the first image prompt as the mean patch position embedding: a patch that shows nothing.
+    classes: as many contexts of their own, [K, C, P, W] (CoOp, arXiv:2109.01134). pad: width of a frame of pixels
+    that is added to the normalised image, for a side of 224 (arXiv:2203.17274).
     """
 
     def __init__(
         self, clip: CLIP, text: int, image: int, depth: int, coupling: str = "independent",
-        start: Tensor | None = None, seed: int = 0,
+        start: Tensor | None = None, seed: int = 0, classes: int = 0, pad: int = 0,
     ):  # fmt: skip
         super().__init__()
         if coupling not in COUPLINGS:
             raise UserError(f"coupling {coupling!r} is not one of {', '.join(COUPLINGS)}")
         if coupling != "independent" and (text != image or text < 1):
             raise UserError(f"coupled prompts need as many text as image tokens, at least 1; got {text}, {image}")
-        if depth < 1 or text < 0 or image < 0 or text + image == 0:
+        if depth < 1 or text < 0 or image < 0 or text + image + pad == 0:
             raise UserError(f"prompts need depth >= 1 and some tokens; got depth {depth}, {text} + {image} tokens")
         config = clip.config
         depths = [min(depth, config.text.layers), min(depth, config.image.layers)]
@@ -38,14 +51,15 @@ class Prompts(nn.Module):
             depths = [min(depths)] * 2
         random = torch.Generator().manual_seed(seed)
 
-        def fresh(k: int, p: int, width: int) -> Tensor:
-            return torch.randn(k, p, width, generator=random) * SPREAD
+        def fresh(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random) * SPREAD
 
-        words = fresh(depths[0], text, config.text.width)
+        own = (classes,) if classes else ()
+        words = fresh(depths[0], *own, text, config.text.width)
         patches = fresh(depths[1], image, config.image.width)
         blank = clip.image.position[1:].mean(0).detach().cpu()
         if start is not None and text:
-            words[0, : len(start)] = start[:text].detach().cpu()
+            words[0, ..., : len(start), :] = start[:text].detach().cpu()
         self.text: nn.Parameter | None = None
         self.image: nn.Parameter | None = None
         self.maps: LayerMaps | None = None
@@ -58,14 +72,13 @@ class Prompts(nn.Module):
             self.maps = LayerMaps(depths[0], config.text.width, config.image.width, blank, random)
         elif coupling == "image-to-text":
             self.maps = LayerMaps(depths[0], config.image.width, config.text.width, words[0].mean(0), random)
+        self.frame = Frame(config.image_size, pad) if pad else None
 
-    def forward(self) -> tuple[Tensor | None, Tensor | None]:
-        """Text and image prompts, each [K, P, W] or none."""
-        if self.maps is None:
-            return self.text, self.image
-        if self.text is not None:
-            return self.text, self.maps(self.text)
-        return self.maps(self.image), self.image
+    def forward(self) -> Learned:
+        text, image = self.text, self.image
+        if self.maps is not None:
+            text, image = (text, self.maps(text)) if text is not None else (self.maps(image), image)
+        return Learned(text, image, None if self.frame is None else self.frame())
 
 
 class FixedPrompts(nn.Module):
@@ -73,14 +86,16 @@ class FixedPrompts(nn.Module):
 
     text: Tensor | None
     image: Tensor | None
+    pad: Tensor | None
 
-    def __init__(self, text: Tensor | None, image: Tensor | None):
+    def __init__(self, text: Tensor | None = None, image: Tensor | None = None, pad: Tensor | None = None):
         super().__init__()
         self.register_buffer("text", text)
         self.register_buffer("image", image)
+        self.register_buffer("pad", pad)
 
-    def forward(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.text, self.image
+    def forward(self) -> Learned:
+        return Learned(self.text, self.image, self.pad)
 
 
 class LayerMaps(nn.Module):
@@ -95,3 +110,26 @@ class LayerMaps(nn.Module):
 
     def forward(self, prompts: Tensor) -> Tensor:
         return torch.einsum("kpi,koi->kpo", prompts, self.weight) + self.bias[:, None]
+
+
+class Frame(nn.Module):
+    """A learned frame of normalised pixels, zero within: `forward()` gives [3, S, S]. It starts at zero."""
+
+    places: Tensor
+
+    def __init__(self, side: int, width: int):
+        super().__init__()
+        width = max(1, round(width * side / FRAME_SIDE))
+        if 2 * width >= side:
+            raise UserError(
+                f"pad: a frame {width} pixels wide leaves nothing of an image of {side}; take a smaller pad"
+            )
+        inside = torch.zeros(side, side, dtype=torch.bool)
+        inside[width:-width, width:-width] = True
+        self.side = side
+        self.register_buffer("places", (~inside).flatten().nonzero().squeeze(1), persistent=False)
+        self.pixels = nn.Parameter(torch.zeros(3, len(self.places)))
+
+    def forward(self) -> Tensor:
+        blank = self.pixels.new_zeros(3, self.side**2)
+        return blank.index_copy(1, self.places, self.pixels).view(3, self.side, self.side)

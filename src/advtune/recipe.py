@@ -22,6 +22,7 @@ class Recipe:
     weight_decay: float = option(0.0, "weight decay", low=0)
     schedule: str = option("cosine", "after warm-up: cosine to zero, or constant", choices=("cosine", "constant"))
     warmup: int = option(0, "steps of linear warm-up; cut to a tenth of the run", low=0)
+    warmup_share: float = option(0.0, "share of the run that is linear warm-up", low=0, high=1)
     warmup_epochs: int = option(0, "epochs at warmup_lr before all else; cut to a tenth of the run", low=0)
     warmup_lr: float = option(1e-5, "learning rate of those epochs", low=0)
     epochs: int = option(10, "passes over the training images", low=1)
@@ -38,7 +39,7 @@ class Recipe:
         """The learning rate of step 0 .. steps - 1."""
         limit = steps // 10
         flat = min(self.warmup_epochs * steps_per_epoch, limit)
-        rise = min(self.warmup, limit)
+        rise = max(min(self.warmup, limit), round(self.warmup_share * steps))
         if step < flat:
             return self.warmup_lr
         if step < rise:

@@ -66,6 +66,7 @@ class Plan:
             },
             "backbone": runs.backbone_facts(self.backbone, out),
             "preprocess": asdict(models["student"].clip.config.preprocess),
+            "prompt_template": models["student"].template,
             "precision": self.backbone.precision,
             "device": runs.device_name(self.backbone.device),
             "versions": runs.versions(),
@@ -81,9 +82,11 @@ class Plan:
                 notes.append(f"warm-up of {wanted} steps cut to {steps // 10} of {steps}")
         depth = as_options(self.method).get("depth")
         if student.prompts is not None and depth:
-            depths = [len(p) for p in student.prompts() if p is not None]
-            if min(depths) < depth:
+            depths = [len(p) for p in student.prompts()[:2] if p is not None]
+            if depths and min(depths) < depth:
                 notes.append(f"prompt depth {depth} cut to {'/'.join(map(str, depths))} (text/image layers)")
+        if student.template:
+            notes.append(f"the learned context stands for the template: {student.template!r} follows it")
         return notes
 
 
@@ -132,7 +135,7 @@ def tune(
     split = Split(part=part, shots=shots, seed=seed, limit=limit, resolution=side, on_bad=on_bad)
     images = load_images(task, split, progress=show)
     plan = Plan(method, chosen, recipe, pgd, model.requires_grad_(False), task, split, seed)
-    models = chosen.setup(model, task.template, seed)
+    models = chosen.setup(model, task, seed)
     config = plan.config(images, models, out)
     tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
     if out is not None and partial is not None and resume and runs.is_run(out) and not partial.exists():
@@ -158,9 +161,10 @@ def fit(
     learning = {f"{m}.{n}": p for m, vlm in models.items() for n, p in vlm.named_parameters() if p.requires_grad}
     optimiser = plan.recipe.optimiser(learning.values())
     size, per_epoch, cycle = plan.steps(len(images.y))
-    steps = cycle * plan.method.cycles
+    steps = cycle * getattr(plan.method, "cycles", 1)
     first = log.restore(learning, optimiser)
     x, y = (t.to(plan.backbone.device) for t in (images.x, images.y))
+    kept = prepare(plan, models, tokens, images, show) if first < steps else {}
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
         for step in range(first, steps):
             order = epoch_order(len(y), plan.seed, step // per_epoch)
@@ -169,7 +173,7 @@ def fit(
             pixels = x[rows].float() / 255
             if plan.recipe.augment:
                 pixels = crop_and_flip(pixels)
-            batch = Batch(pixels, y[rows], tokens, cycle=step // cycle)
+            batch = Batch(pixels, y[rows], tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
             rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
             try:
                 terms = update(plan, models, batch, optimiser, rate, step)
@@ -182,6 +186,26 @@ def fit(
             advance(note=" ".join(f"{name} {value:.3f}" for name, value in terms.items()))
     log.close()
     return models["student"]
+
+
+def prepare(
+    plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, show: bool
+) -> dict[str, Tensor]:
+    """What the method computes once for every training image, [N, ...] by name; the same bits in every sitting."""
+    make = getattr(plan.method, "prepare", None)
+    if make is None:
+        return {}
+    if plan.recipe.augment:
+        raise UserError(f"method {plan.name}: what it prepares once does not fit augmented images; set augment=false")
+    found: dict[str, list[Tensor]] = {}
+    with progress(f"{plan.name}: preparing", len(images.y), "image", show) as advance, torch.random.fork_rng():
+        torch.manual_seed(plan.seed)
+        for rows in torch.arange(len(images.y)).split(plan.recipe.batch_size):
+            x, y = images.batch(rows, plan.backbone.device)
+            for name, value in make(models, Batch(x, y, tokens), plan.attack).items():
+                found.setdefault(name, []).append(value.detach())
+            advance(len(rows))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def check_finite(plan: Plan, learning: Mapping[str, Tensor], rate: float) -> None:

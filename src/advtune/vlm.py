@@ -16,10 +16,11 @@ from advtune.clip import CLIP
 from advtune.errors import UserError
 from advtune.preprocess import Preprocess
 from advtune.pretrained import read_pretrained
-from advtune.prompts import FixedPrompts, Prompts
+from advtune.prompts import FixedPrompts, Learned, Prompts
 from advtune.tokenizer import Tokenizer
 
 Classifier = Callable[[Tensor], Tensor]  # images [B, 3, any, any] in [0, 1] -> logits [B, C]
+CONTEXT = "{}."  # the template beside a learned context: the class at the end
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Origin:
 @dataclass
 class Batch:
     """One training batch: images x [B, 3, S, S] in [0, 1], labels y [B], and for every model by name the class
-    texts' token ids [C, L]. `cycle` counts the repetitions of the schedule (0 but for two-phase methods)."""
+    texts' token ids [C, L]. `cycle` counts the repetitions of the schedule (0 but for two-phase methods). `kept`:
+    these images' rows of what the method prepared before the first step."""
 
     x: Tensor
     y: Tensor
     tokens: Mapping[str, Tensor]
     cycle: int = 0
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +72,7 @@ class VLM(nn.Module):
         self.origin = origin
         self.precision = "fp32"
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
+        self.template = ""  # stands for every data set's, when the learned context takes its place
         self.run: dict[str, Any] = {}  # how it was tuned; empty for a zero-shot model
         self.folders: frozenset[str] = frozenset()  # the run folders that it stands on
         self.seen: frozenset[str] = frozenset()  # content hashes of the images it was tuned on
@@ -77,16 +81,30 @@ class VLM(nn.Module):
     # --- what was learned -------------------------------------------------------------------------------
 
     def with_prompts(
-        self, template: str, text: int, image: int, depth: int, coupling: str = "independent", seed: int = 0
-    ) -> VLM:
-        """A model of the same frozen towers with fresh trainable prompts; the first text prompt starts from
-        the first words of the template. Raises UserError when there are prompts already."""
-        if self.prompts is not None:
-            raise UserError("the backbone has learned prompts already; tune on a run that learned a tower")
+        self, template: str, text: int, image: int, depth: int, coupling: str = "independent", seed: int = 0,
+        pad: int = 0,
+    ) -> VLM:  # fmt: skip
+        """A model of the same frozen towers with fresh trainable prompts (see `Prompts`); the first text prompt
+        starts from the first words of the template. Raises UserError when there are prompts already."""
         words = self.tokenizer.pieces(template.split("{}")[0])[:text]
         start = self.clip.text.embed(torch.tensor(words, device=self.device)) if words else None
-        prompts = Prompts(self.clip, text, image, depth, coupling, start, seed).to(self.device)
-        return self._like(self.clip, prompts, ("prompts.",))
+        return self._prompted(Prompts(self.clip, text, image, depth, coupling, start, seed, pad=pad))
+
+    def with_context(self, length: int, classes: int = 0, seed: int = 0) -> VLM:
+        """A model with a fresh trainable text context in the template's place, "[v1] ... [vP] name.", for all
+        classes or, with `classes`, of each its own (CoOp, arXiv:2109.01134). Raises as `with_prompts`."""
+        model = self._prompted(Prompts(self.clip, length, 0, 1, seed=seed, classes=classes))
+        model.template = CONTEXT
+        return model
+
+    def with_fixed(self, learned: Learned) -> VLM:
+        """This model with these prompts, as they are, in place of its own."""
+        return self._like(self.clip, FixedPrompts(*learned), self.learned)
+
+    def _prompted(self, prompts: Prompts) -> VLM:
+        if self.prompts is not None:
+            raise UserError("the backbone has learned prompts already; tune on a run that learned a tower")
+        return self._like(self.clip, prompts.to(self.device), ("prompts.",))
 
     def with_image_tower(self) -> VLM:
         """A model with a trainable copy of the image tower; all else is shared and frozen."""
@@ -102,16 +120,14 @@ class VLM(nn.Module):
 
     def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
         model = VLM(clip, self.tokenizer, self.origin, prompts)
-        model.precision, model.learned = self.precision, learned
+        model.precision, model.learned, model.template = self.precision, learned, self.template
         return model
 
     def delta(self) -> dict[str, Tensor]:
         """Only what was learned: a tuned tower's parameters, or the prompts as they enter the towers (couplings
         applied, so kilobytes)."""
         named = {f"clip.{name}": value for name, value in self.clip.named_parameters()}
-        if self.prompts is not None:
-            text, image = self.prompts()
-            named |= {"prompts.text": text, "prompts.image": image}
+        named |= {f"prompts.{name}": value for name, value in self._prompts()._asdict().items()}
         return {
             name: value.detach().cpu().contiguous()
             for name, value in named.items()
@@ -124,7 +140,7 @@ class VLM(nn.Module):
         if any(name.startswith("clip.") for name in delta):
             model = self.with_image_tower()
         if any(name.startswith("prompts.") for name in delta):
-            prompts = FixedPrompts(delta.get("prompts.text"), delta.get("prompts.image"))
+            prompts = FixedPrompts(*(delta.get(f"prompts.{name}") for name in Learned._fields))
             model = self._like(model.clip, prompts, ("prompts.",))
         parameters = dict(model.named_parameters())
         for name, value in delta.items():
@@ -148,18 +164,31 @@ class VLM(nn.Module):
         return preprocess.resize if isinstance(preprocess.resize, int) else self.clip.config.image_size
 
     def tokens(self, classes: Sequence[str], template: str) -> Tensor:
-        """Token ids [C, L] of the class texts, with room for the learned text prompt."""
-        text = None if self.prompts is None else self.prompts()[0]
-        room = 0 if text is None else text.shape[1]
-        return self.tokenizer.prompts(classes, template, room).to(self.device)
+        """Token ids [C, L] of the class texts, with room for the learned text prompt. Raises UserError for other
+        classes than those that a class-specific context was learned for."""
+        text = self._prompts().text
+        if text is not None and text.dim() == 4:
+            own = self.run["train"]["classes"] if self.run else classes
+            if list(own) != list(classes) or len(own) != text.shape[1]:
+                raise UserError("a class-specific context fits only the classes it was tuned on; tune context=unified")
+        room = 0 if text is None else text.shape[-2]
+        return self.tokenizer.prompts(classes, self.template or template, room).to(self.device)
 
     def image_features(self, x: Tensor) -> Tensor:
         """Pixels [B, 3, any, any] in [0, 1] -> unit vectors [B, D]."""
-        return self._image(x, None if self.prompts is None else self.prompts()[1])
+        return F.normalize(self._image(x, self._prompts()), dim=-1)
+
+    def image_embeddings(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, any, any] in [0, 1] -> embeddings [B, D], not normalised."""
+        return self._image(x, self._prompts())
+
+    def patch_embeddings(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, any, any] in [0, 1] -> embeddings of the patches [B, N, D], not normalised."""
+        return self._image(x, self._prompts(), dense=True)
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Token ids [C, L] -> unit vectors [C, D]."""
-        return self._text(tokens, None if self.prompts is None else self.prompts()[0])
+        return self._text(tokens, self._prompts().text)
 
     def logits(self, x: Tensor, text: Tensor) -> Tensor:
         """Pixels and text features [C, D] -> logits [B, C]."""
@@ -167,9 +196,14 @@ class VLM(nn.Module):
 
     def classifier(self, tokens: Tensor) -> Classifier:
         """f: images -> logits, with the text encoded once, now; gradients reach whatever is trainable."""
-        text_prompts, image_prompts = (None, None) if self.prompts is None else self.prompts()
-        text = self._text(tokens, text_prompts)
-        return lambda x: self._scaled(self._image(x, image_prompts), text)
+        encode, compare = self.towers(tokens)
+        return lambda x: compare(encode(x))
+
+    def towers(self, tokens: Tensor) -> tuple[Classifier, Classifier]:
+        """The two halves of `classifier`: images -> unit vectors [B, D], and unit vectors [B, D] -> logits [B, C]."""
+        learned = self._prompts()
+        text = self._text(tokens, learned.text)
+        return lambda x: F.normalize(self._image(x, learned), dim=-1), lambda image: self._scaled(image, text)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -179,10 +213,12 @@ class VLM(nn.Module):
     def _scaled(self, image: Tensor, text: Tensor) -> Tensor:
         return self.logit_scale * image @ text.T
 
-    def _image(self, x: Tensor, prompts: Tensor | None) -> Tensor:
+    def _prompts(self) -> Learned:
+        return Learned() if self.prompts is None else self.prompts()
+
+    def _image(self, x: Tensor, learned: Learned, dense: bool = False) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.clip.encode_image(x, prompts)
-        return F.normalize(features.float(), dim=-1)
+            return self.clip.encode_image(x, learned.image, learned.pad, dense).float()
 
     def _text(self, tokens: Tensor, prompts: Tensor | None) -> Tensor:
         cache = self._cache

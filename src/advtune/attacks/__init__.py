@@ -14,7 +14,7 @@ from advtune.attacks.fab import FAB
 from advtune.attacks.fgsm import FGSM
 from advtune.attacks.gradients import Defended
 from advtune.attacks.noise import Noise
-from advtune.attacks.pgd import PGD
+from advtune.attacks.pgd import PGD, PGD2
 from advtune.attacks.square import Square
 from advtune.attacks.transfer import Transfer
 
@@ -25,6 +25,7 @@ __all__ = [
     "FAB",
     "FGSM",
     "PGD",
+    "PGD2",
     "Attack",
     "AutoAttack",
     "Defended",

@@ -86,6 +86,8 @@ class PGD:
         x = x.detach()
         if self.eps == 0:
             return x.clone()
+        if y.is_floating_point() and self.leave:
+            raise UserError(f"attack {self.name}: nothing is fooled where the target is not a label; early_stop=false")
         target, climb = y, loss or LOSSES[self.loss]
         if loss is None and self.loss == "kl":
             with torch.no_grad():
@@ -128,3 +130,6 @@ class PGD:
             if bool(fooled.any()):
                 z, live = z[~fooled], live[~fooled]
         return best, height
+
+
+PGD2 = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # what most papers tune against: two steps of eps

@@ -7,12 +7,26 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from advtune.attacks import PGD, Attack
+from advtune.attacks import PGD
+from advtune.data import Task
 from advtune.errors import UserError
+from advtune.methods.advmaple import AdvMaPLe
+from advtune.methods.advpt import AdvPT
+from advtune.methods.advvlp import AdvVLP
+from advtune.methods.advvp import AdvVP
+from advtune.methods.agft import AGFT
 from advtune.methods.apd import APD
+from advtune.methods.apt import APT
 from advtune.methods.capt import CAPT
+from advtune.methods.coop import CoOp
+from advtune.methods.fap import FAP
+from advtune.methods.fare import FARE
+from advtune.methods.ivlp import IVLP
+from advtune.methods.maple import MaPLe
 from advtune.methods.pmg_aft import PMGAFT
 from advtune.methods.tecoa import TeCoA
+from advtune.methods.tga_zsr import TGAZSR
+from advtune.methods.vpt import VPT
 from advtune.methods.zero_shot import ZeroShot
 from advtune.options import fill, fill_many
 from advtune.recipe import Recipe
@@ -22,25 +36,21 @@ from advtune.vlm import VLM, Batch
 class Method(Protocol):
     """A frozen dataclass whose fields are the hyper-parameters, with its paper's recipe and training attack.
 
-    `presets` names sets of field values, chosen by `-o preset=NAME`.
+    Clean training has an attack of eps 0. What only some have: `presets`, named sets of field values, chosen by
+    `-o preset=NAME`; `cycles`, how often the schedule is gone through (1; 2 with two phases);
+    `prepare(models, batch, attack) -> {name: Tensor [B, ...]}`, called once for every image: see `Batch.kept`.
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
     paper: ClassVar[str]
     trains: ClassVar[str]
     recipe: ClassVar[Recipe]
     attack: ClassVar[PGD]
 
-    @property
-    def cycles(self) -> int:
-        """How often the schedule is gone through: 1, but for methods of two phases."""
-        ...
-
-    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         """The models by name; `student` is the result, and what requires a gradient is what learns."""
         ...
 
-    def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
+    def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
         """Weighted terms; their sum is minimised. Reads like the paper's equation."""
         ...
 
@@ -48,7 +58,20 @@ class Method(Protocol):
 METHODS: dict[str, type[Any]] = {
     "zero-shot": ZeroShot,
     "tecoa": TeCoA,
+    "fare": FARE,
     "pmg-aft": PMGAFT,
+    "agft": AGFT,
+    "tga-zsr": TGAZSR,
+    "coop": CoOp,
+    "vpt": VPT,
+    "ivlp": IVLP,
+    "maple": MaPLe,
+    "apt": APT,
+    "advpt": AdvPT,
+    "advvp": AdvVP,
+    "advvlp": AdvVLP,
+    "advmaple": AdvMaPLe,
+    "fap": FAP,
     "capt": CAPT,
     "apd": APD,
 }
@@ -74,9 +97,12 @@ def configure(
         pairs = [p for p in options if p not in named]
         preset = named[-1].partition("=")[2].strip() if named else None
     if preset is not None:
-        if preset not in method.presets:
-            known = ", ".join(method.presets) or "none"
+        presets: Mapping[str, Mapping[str, Any]] = getattr(method, "presets", {})
+        if preset not in presets:
+            known = ", ".join(presets) or "none"
             raise UserError(f"{what} has no preset {preset!r}; known presets: {known}")
-        method = fill(method, method.presets[preset], what)
+        method = fill(method, presets[preset], what)
     method, recipe = fill_many([method, method.recipe], pairs, what)
+    if attack and not method.attack.eps:
+        raise UserError(f"{what} tunes on clean images; it takes no training attack (-a)")
     return method, recipe, fill(method.attack, attack, f"training attack of {name}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from advtune.attacks import PGD, Attack
+from advtune.attacks import PGD, PGD2, Attack
+from advtune.data import Task
 from advtune.errors import UserError
 from advtune.losses import cross_entropy, kl
 from advtune.options import check, option
@@ -44,9 +45,8 @@ class APD:
 
     paper: ClassVar[str] = "arXiv:2411.15244"
     trains: ClassVar[str] = "prompts in both towers, and the teacher's"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Recipe] = Recipe(lr=0.0035, warmup_epochs=1, epochs=10, batch_size=32, augment=True)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # step = eps
+    attack: ClassVar[PGD] = PGD2
 
     def __post_init__(self) -> None:
         check(self, "method apd")
@@ -57,9 +57,11 @@ class APD:
     def cycles(self) -> int:
         return 2 if self.teacher == "offline" else 1
 
-    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         def prompted(seed: int) -> VLM:
-            return frozen.with_prompts(template, self.text_tokens, self.image_tokens, self.depth, self.coupling, seed)
+            return frozen.with_prompts(
+                task.template, self.text_tokens, self.image_tokens, self.depth, self.coupling, seed
+            )
 
         return {"student": prompted(seed), "teacher": frozen if self.teacher == "frozen" else prompted(seed)}
 

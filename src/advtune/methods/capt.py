@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from advtune.attacks import PGD, Attack
+from advtune.data import Task
 from advtune.losses import cross_entropy, kl
 from advtune.options import check, option
 from advtune.prompts import COUPLINGS
@@ -55,18 +56,16 @@ class CAPT:
 
     paper: ClassVar[str] = "arXiv:2405.11154"
     trains: ClassVar[str] = "prompts in both towers"
-    cycles: ClassVar[int] = 1
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Recipe] = Recipe(lr=0.002, warmup_epochs=1, epochs=50, batch_size=32, augment=True)
     attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=3, keep="last", early_stop=False)  # step 2 eps / 3
 
     def __post_init__(self) -> None:
         check(self, "method capt")
 
-    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         n = self.prompt_length
         return {
-            "student": frozen.with_prompts(template, n, n, self.depth, self.coupling, seed),
+            "student": frozen.with_prompts(task.template, n, n, self.depth, self.coupling, seed),
             "frozen": frozen,
         }
 

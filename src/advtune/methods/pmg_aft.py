@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from advtune.attacks import PGD, Attack
+from advtune.attacks import PGD, PGD2, Attack
+from advtune.data import Task
 from advtune.losses import cross_entropy, kl
 from advtune.options import check, option
 from advtune.recipe import Recipe
@@ -43,18 +44,17 @@ class PMGAFT:
 
     paper: ClassVar[str] = "arXiv:2401.04350"
     trains: ClassVar[str] = "image tower"
-    cycles: ClassVar[int] = 1
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {"scale": "cosine", "statistics": "imagenet", "reduction": "sum"},
     }
     recipe: ClassVar[Recipe] = Recipe(lr=5e-5, warmup=1000, epochs=10, batch_size=256)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # step = eps
+    attack: ClassVar[PGD] = PGD2
 
     def __post_init__(self) -> None:
         check(self, "method pmg-aft")
 
-    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         if self.statistics == "imagenet":
             own = frozen.clip.config.preprocess
             frozen = frozen.with_preprocess(replace(own, mean=IMAGENET_MEAN, std=IMAGENET_STD))

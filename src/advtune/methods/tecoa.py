@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from advtune.attacks import PGD, Attack
+from advtune.attacks import PGD, PGD2, Attack
+from advtune.data import Task
 from advtune.losses import cross_entropy
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
@@ -23,12 +24,10 @@ class TeCoA:
 
     paper: ClassVar[str] = "arXiv:2212.07016"
     trains: ClassVar[str] = "image tower"
-    cycles: ClassVar[int] = 1
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Recipe] = Recipe(lr=1e-5, warmup=1000, epochs=10, batch_size=256)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=2, keep="last", early_stop=False)  # step = eps
+    attack: ClassVar[PGD] = PGD2
 
-    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         return {"student": frozen.with_image_tower()}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:

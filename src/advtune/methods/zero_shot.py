@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from advtune.attacks import PGD, Attack
+from advtune.data import Task
 from advtune.errors import UserError
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
@@ -20,12 +21,10 @@ class ZeroShot:
 
     paper: ClassVar[str] = "arXiv:2103.00020"
     trains: ClassVar[str] = "nothing"
-    cycles: ClassVar[int] = 1
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     recipe: ClassVar[Recipe] = Recipe()
     attack: ClassVar[PGD] = PGD()
 
-    def setup(self, frozen: VLM, template: str, seed: int) -> dict[str, VLM]:
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         return {"student": frozen}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:

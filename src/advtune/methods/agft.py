@@ -1,0 +1,46 @@
+"""AGFT: adversarial fine-tuning on the original model's soft answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from advtune.attacks import PGD, PGD2
+from advtune.data import Task
+from advtune.losses import soft_cross_entropy
+from advtune.options import check, option
+from advtune.recipe import Recipe
+from advtune.vlm import VLM, Batch
+
+
+@dataclass(frozen=True)
+class AGFT:
+    """AGFT (arXiv:2603.29410): the image tower answers on x' what the original model answers on x, softened.
+
+    L = mean[-sum_c p_c log softmax(cos(x') / tau)_c],  p = softmax(gamma * f0(x)),  x' maximises the same
+
+    No hard label is used. The paper's 1 / tau is 180 beside CLIP's logit scale of 100.
+    """
+
+    gamma: float = option(0.4, "softens the original model's logits", low=1e-6)
+    sharpness: float = option(1.8, "1 / tau in units of the backbone's logit scale", low=1e-6)
+
+    paper: ClassVar[str] = "arXiv:2603.29410"
+    trains: ClassVar[str] = "image tower"
+    recipe: ClassVar[Recipe] = Recipe(lr=4e-4, epochs=10, batch_size=256)
+    attack: ClassVar[PGD] = PGD2
+
+    def __post_init__(self) -> None:
+        check(self, "method agft")
+
+    def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
+        return {"student": frozen.with_image_tower(), "frozen": frozen}
+
+    def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
+        student, f0 = (models[name].classifier(batch.tokens[name]) for name in ("student", "frozen"))
+        p = (self.gamma * f0(batch.x).detach()).softmax(-1)
+        x_adv = attack(f := lambda x: self.sharpness * student(x), batch.x, p, loss=soft_cross_entropy)
+        return {"soft_ce": soft_cross_entropy(f(x_adv), p).mean()}
