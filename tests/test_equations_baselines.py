@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from advtune.attacks import PGD
 from advtune.errors import UserError
 from advtune.methods import METHODS, configure
-from advtune.prompts import Prompts
+from advtune.prompts import Learned, Prompts
 from advtune.train import tune
-from advtune.vlm import Batch
+from advtune.vlm import VLM, Batch
 from test_equations import SCALE, B, C, Fake, Y, ce, check, gradients, kl, softmax, terms
 
 D, SIDE = 6, 8
@@ -101,27 +101,40 @@ def test_apt_constant_attacks_the_hand_written_template():
     assert torch.equal(spy.answers, s.adversarial.detach())
 
 
-def test_apt_perturbed_moves_the_attackers_context_uphill(vlm, task):
-    """At ascent 0 it is PGD on the fly; above, the context that the attacker sees is not the student's, and x' fools
-    the student's own context less than PGD does."""
+def test_apt_perturbed_moves_the_attackers_context_uphill(vlm, task, monkeypatch):
+    """At ascent 0 it is PGD on the fly. Above, the attacker's contexts climb the loss, and the student's stays."""
     attack = PGD(eps=8 / 255, steps=4, step_size=4 / 255, keep="last", early_stop=False)
     x, y = torch.rand(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2])
     student = configure("apt", {"tokens": 2})[0].setup(vlm, task, 0)["student"]
     batch = Batch(x, y, {"student": student.tokens(task.classes, task.template)})
-    f = student.classifier(batch.tokens["student"])
-    before, made = student.delta()["prompts.text"].clone(), {}
-    for rate in (0.0, 0.5):
-        method = configure("apt", {"attacker": "perturbed", "ascent": rate, "tokens": 2})[0]
+    before, seen, honest = student.delta()["prompts.text"].clone(), [], VLM.with_fixed
+
+    def spy(self, learned):
+        seen.append(learned.text.detach())
+        return honest(self, learned)
+
+    monkeypatch.setattr(VLM, "with_fixed", spy)
+
+    def joint(rate, attack):
         torch.manual_seed(0)
-        made[rate] = method._joint(student, batch, attack)
-        assert float((made[rate] - x).abs().max()) <= attack.eps + 1e-6
+        return configure("apt", {"attacker": "perturbed", "ascent": rate, "tokens": 2})[0]._joint(
+            student, batch, attack
+        )
+
+    still, moved = joint(0.0, attack), joint(0.5, attack)
     torch.manual_seed(0)
-    torch.testing.assert_close(made[0.0], attack(f, x, y))
-    assert not torch.equal(made[0.0], made[0.5])
+    torch.testing.assert_close(still, attack(student.classifier(batch.tokens["student"]), x, y))
+    assert not torch.equal(still, moved)
+    assert float((moved - x).abs().max()) <= attack.eps + 1e-6
     assert torch.equal(student.delta()["prompts.text"], before)
-    own, other = (float(F.cross_entropy(f(made[rate]), y).detach()) for rate in (0.0, 0.5))
-    assert own > float(F.cross_entropy(f(x), y).detach())
-    assert other <= own
+    seen.clear()
+    joint(0.05, PGD(eps=1e-6, steps=4, keep="last", early_stop=False))  # the pixels hardly move
+    heights = [
+        float(F.cross_entropy(student.with_fixed(Learned(c)).classifier(batch.tokens["student"])(x), y))
+        for c in seen[:4]
+    ]
+    assert heights == sorted(heights)
+    assert heights[-1] > heights[0] + 1e-3
 
 
 @pytest.mark.parametrize("raised", ["embedding", "ce"])
@@ -171,6 +184,12 @@ def test_fap(lam):
     np.testing.assert_allclose(spy.loss(torch.tensor(z_adv), spy.target).numpy(), kl(z, z_adv), rtol=1e-4)
     assert not spy.target.requires_grad
     assert gradients(live["consistency"], s.clean, s.adversarial, s.text) == [True, True, True]
+    slope = torch.autograd.grad(live["consistency"], s.clean, retain_graph=True)[0].double().numpy()
+    way, h, heights = np.random.default_rng(0).normal(size=(B, D)), 1e-4, []
+    for moved in (clean - h * way, clean + h * way):  # nothing is detached
+        near = SCALE * unit(moved) @ text.T
+        heights.append(lam * (((unit(moved) * e_adv).sum(-1) + 1) * kl(near, z_adv)).mean())
+    assert (slope * way).sum() == pytest.approx((heights[1] - heights[0]) / (2 * h), rel=1e-3)
     assert gradients(live["ce"], s.clean, s.adversarial) == [True, False]
 
 
