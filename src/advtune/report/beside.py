@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from advtune.errors import UserError
 from advtune.report.against import against, left_out
 from advtune.report.formats import csv_text, escape, json_text, tex
 from advtune.report.published import papers
-from advtune.report.table import canonical, group_by, pixels
+from advtune.report.table import canonical, flat, group_by, shown
 from advtune.results import Row
 
 Line = dict[str, Any]
 HEADER = ("Method", "Setting", "Paper clean %", "Paper robust %", "Ours clean %", "Ours robust %", "n")
+UNTUNED = "zero-shot"
+OWN = ("method", "clean", "robust", "source", "remark", "recipe", "ours", "differs")  # of a row, never of its table
 CAPTION = (
     "Ours: mean over the seeds and the sets named; ±: sample standard deviation over the seeds; [low, high]: 95 % "
     "interval over the images. -: not at hand, or without an attack. A difference in protocol can be larger than one "
@@ -43,11 +45,9 @@ def render_against(rows: Sequence[Row], name: str, format: str) -> str:
 
 def protocol(section: Sequence[Line]) -> str:
     """What all published rows of a table share, as one sentence."""
-    line, varies = section[0], _varying(section)
-    parts = [text for key, text in _facts(line).items() if text and key not in varies]
-    if line.get("resolution"):
-        parts.append(f"{line['resolution']} px")
-    return "; ".join(parts)
+    varies = _varying(section)
+    tuned = [line for line in section if line["method"] != UNTUNED]
+    return "; ".join(_texts((tuned or section)[0], lambda key: key not in varies))
 
 
 def what_differs(section: Sequence[Line]) -> list[str]:
@@ -81,40 +81,42 @@ def _told(facts: Sequence[Mapping[str, str]]) -> str:
     return "; ".join(f"{each['what']} {each['ours']} (paper: {each['paper']})" for each in facts)
 
 
-def _facts(line: Line) -> dict[str, str]:
-    """What a published row is of, by kind, in words."""
-    sets = line.get("data", [])
-    train = line.get("train")
-    home = {None: "", "same": "tuned on each test set"}
-    shots = line.get("shots")
-    return {
-        "backbone": line.get("backbone", ""),
-        "tower": f"on a tower tuned with {line['tower']}" if line.get("tower") else "",
-        "train": home.get(train, f"tuned on {train}"),
-        "subset": "" if line["subset"] == "all" else f"{line['subset']} classes",
-        "shots": "" if shots is None else "all images" if shots == "all" else f"{shots} shot{'s' if shots > 1 else ''}",
-        "train_attack": _attack(line["train_attack"], "tuned with "),
-        "attack": _attack(line["attack"], "under "),
-        "data": ", ".join(sets) if len(sets) == 1 else f"{len(sets)} sets" if sets else "",
+def _texts(line: Line, chosen: Callable[[str], bool]) -> list[str]:
+    """The chosen facts of a published row, in words."""
+    sets, shots, train = line.get("data", []), line.get("shots"), line.get("train")
+    texts = {
+        "backbone": line.get("backbone"),
+        "resolution": f"{line['resolution']} px" if "resolution" in line else None,
+        "tower": f"on a tower tuned with {line['tower']}" if "tower" in line else None,
+        "train": "tuned on each test set" if train == "same" else train and f"tuned on {train}",
+        "shots": "all images" if shots == "all" else shots and f"{shots} shot{'s' if shots > 1 else ''}",
+        "subset": f"{line['subset']} classes" if line["subset"] != "all" else None,
     }
+    found = [text for key, text in texts.items() if text and chosen(key)]
+    tuned = [] if line["method"] == UNTUNED else [_attack(line, "train_attack", "tuned with", chosen)]
+    found += [text for text in (*tuned, _attack(line, "attack", "under", chosen)) if text]
+    if sets and chosen("data"):
+        found.append(sets[0] if len(sets) == 1 else f"{len(sets)} sets")
+    return found
 
 
-def _attack(facts: Mapping[str, Any], before: str) -> str:
-    texts = [str(facts["name"])] if "name" in facts else []
-    texts += [f"eps {pixels(facts['eps'])}"] if "eps" in facts else []
-    texts += [f"{facts['steps']} steps"] if "steps" in facts else []
-    texts += [f"of {pixels(facts['step_size'])}"] if "step_size" in facts else []
-    return before + " ".join(texts) if texts else ""
+def _attack(line: Line, which: str, verb: str, chosen: Callable[[str], bool]) -> str:
+    facts = {key: value for key, value in line[which].items() if chosen(f"{which}.{key}")}
+    words = {"name": "{}", "eps": "eps {}", "steps": "{} steps", "step_size": "step {}"}
+    texts = [word.format(shown(key, facts[key])) for key, word in words.items() if key in facts]
+    return f"{verb} {' '.join(texts)}" if texts else ""
 
 
 def _varying(section: Sequence[Line]) -> set[str]:
-    told = [_facts(line) for line in section]
-    return {key for key in told[0] if len({canonical(each[key]) for each in told}) > 1}
+    """The facts in which the published rows of a table differ."""
+    told = [flat({key: value for key, value in line.items() if key not in OWN}) for line in section]
+    keys = {key for each in told for key in each}
+    return {key for key in keys if len({canonical(each.get(key)) for each in told}) > 1}
 
 
 def _setting(line: Line, section: Sequence[Line]) -> str:
     varies = _varying(section)
-    return ", ".join(text for key, text in _facts(line).items() if key in varies and text)
+    return ", ".join(_texts(line, lambda key: key in varies))
 
 
 def _name(line: Line, section: Sequence[Line]) -> str:
