@@ -189,6 +189,7 @@ def test_the_nearest_setting_counts(paper) -> None:
                     {"backbone": {"name": "mini"}}, {"attack": {"steps": 5}},
                     {"train": {"attack": INNER | {"eps": 2 / 255}}}):  # fmt: skip
         assert line([make(clean=1, **changes), near])["ours"]["clean_accuracy"] == 0.6, changes
+    assert line([make("mnist", clean=1), make(train={"shots": 1})])["ours"]["sets"] == ["dtd"], "the paper's sets first"
     assert line([*whole(clean=2), make(clean=1, slice={"limit": 5})])["ours"]["clean_accuracy"] == pytest.approx(0.2)
 
 
@@ -270,7 +271,7 @@ def test_every_format_holds_both_numbers_and_names_do_no_harm(paper) -> None:
     rows = whole(backbone={"name": "x/a|b & 50% $x$ <i>"})
     markdown, latex = render_against(rows, "p", "markdown"), render_against(rows, "p", "latex")
     for text in (markdown, latex):
-        assert "30.0" in text and "60.0 " in text and "ViT-B/32" in text
+        assert "30.0" in text and "60.0 " in text and "(paper: ViT-B/32)" in text
     bare = re.sub(r"\\.", "", markdown)
     assert "<i>" not in bare and "$" not in bare
     assert {line.count(" | ") for line in markdown.splitlines() if line.startswith("| ")} == {6}
