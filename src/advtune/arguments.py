@@ -96,7 +96,8 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:
 
 def _report(verbs: Any) -> None:
     p = verbs.add_parser("report", help="tables from result rows", description="Tables from run folders' rows.")
-    p.add_argument("dirs", nargs="+", metavar="DIR", help="run folders, folders of run folders, or results.jsonl")
+    p.add_argument("dirs", nargs="*", metavar="DIR", help="run folders, folders of run folders, or results.jsonl")
+    p.add_argument("--against", metavar="PAPER", help="a paper's published numbers beside ours, and what differs: fap")
     p.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "json"))
     p.add_argument("--out", metavar="FILE", help="write there instead of printing")
     p.set_defaults(verb="report")

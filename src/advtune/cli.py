@@ -168,10 +168,13 @@ def remarks(rows: Sequence[Any]) -> list[str]:
 
 
 def report(args: argparse.Namespace) -> None:
-    from advtune.report import render
+    from advtune.report import render, render_against
     from advtune.results import read, write_atomic
 
-    text = render(read(*(file for name in args.dirs for file in _rows_in(Path(name)))), args.format)
+    if not args.dirs and not args.against:
+        raise UserError("report: name run folders, or a paper to hold them against: --against fap")
+    rows = read(*(file for name in args.dirs for file in _rows_in(Path(name))))
+    text = render_against(rows, args.against, args.format) if args.against else render(rows, args.format)
     if args.out:
         write_atomic(args.out, text)
     else:

@@ -42,7 +42,7 @@ def render(rows: Sequence[Row], format: str) -> str:
 
     Raises UserError for no rows and for another format.
     """
-    writers = {"markdown": _markdown, "csv": _csv, "latex": _latex, "json": _json}
+    writers = {"markdown": _markdown, "csv": csv_text, "latex": _latex, "json": json_text}
     if format not in writers:
         raise UserError(f"no report format {format!r}; choose from {', '.join(writers)}")
     return writers[format](table(rows))
@@ -182,22 +182,22 @@ def _latex(lines: Sequence[Line]) -> str:
     for section in sections(lines):
         header, *body = _cells(section)
         align = "l" * 3 + "r" * (len(header) - 3)
-        rows = [" & ".join(_tex(cell) for cell in line) + r" \\" for line in body]
-        top = rf"\noindent\textbf{{{_tex(heading(section))}}}\par"
+        rows = [" & ".join(tex(cell) for cell in line) + r" \\" for line in body]
+        top = rf"\noindent\textbf{{{tex(heading(section))}}}\par"
         head = [
             rf"\noindent\begin{{tabular}}{{{align}}}",
             r"\hline",
-            " & ".join(map(_tex, header)) + r" \\",
+            " & ".join(map(tex, header)) + r" \\",
             r"\hline",
         ]
         notes = [below] if (below := subheading(section)) else []
-        foot = [rf"\noindent{{\footnotesize {_tex(note)}\par}}" for note in [*notes, *footnotes(section)]]
+        foot = [rf"\noindent{{\footnotesize {tex(note)}\par}}" for note in [*notes, *footnotes(section)]]
         blocks.append("\n".join([top, *head, *rows, r"\hline", r"\end{tabular}\par", *foot]))
-    blocks.append(rf"\noindent{{\footnotesize {_tex(CAPTION)}\par}}")
+    blocks.append(rf"\noindent{{\footnotesize {tex(CAPTION)}\par}}")
     return "\n\n".join(blocks) + "\n"
 
 
-def _csv(lines: Sequence[Line]) -> str:
+def csv_text(lines: Sequence[Line]) -> str:
     """One record a line; nested facts as dotted columns, lists as JSON."""
     records = [flat(line) for line in lines]
     columns = list(dict.fromkeys(key for record in records for key in record))
@@ -215,7 +215,7 @@ def _field(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (list, bool)) else value
 
 
-def _json(lines: Sequence[Line]) -> str:
+def json_text(lines: Sequence[Line]) -> str:
     return json.dumps(lines, indent=2, allow_nan=False) + "\n"
 
 
@@ -225,6 +225,6 @@ def escape(text: str) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
     """Plain text for LaTeX; a letter that a bare article cannot set is written as its code point."""
     return "".join(LATEX.get(c) or (c if c.isascii() or c in LETTERS else f"{{[}}U+{ord(c):04X}]") for c in text)

@@ -25,7 +25,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not rows:
         raise UserError("no result rows to report; evaluate something first or name another file")
     lines = []
-    for number, section in enumerate(group_by(_latest(rows), _section_key).values()):
+    for number, section in enumerate(group_by(latest(rows), _section_key).values()):
         groups = list(group_by(section, _line_key).values())
         groups.sort(key=lambda group: group[0].train is not None)
         for group, differs in zip(groups, _differences(groups), strict=True):
@@ -108,7 +108,8 @@ def _line_key(row: Row) -> str:
     return canonical(setting(row))
 
 
-def _latest(rows: Sequence[Row]) -> list[Row]:
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows that differ only in when and where they were computed, the latest."""
     found: dict[str, Row] = {}
     for row in rows:
         seeds = [row.train, row.data, row.recipe, row.attack]
