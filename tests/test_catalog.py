@@ -160,9 +160,13 @@ def test_hub_labels_of_other_names_count_as_places_where_the_catalog_says_so(nam
     kind = datasets.ClassLabel(names=[f"c{i}" for i in range(count)])
     cells = {"image": [{"bytes": content("test", i), "path": None} for i in range(count)], "label": list(range(count))}
     made = datasets.Dataset.from_dict(cells, features=datasets.Features({"image": datasets.Image(), "label": kind}))
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         patch.setattr(datasets, "load_dataset", lambda *_, **__: {"test": made})
         task = load_task(name)
+    expected = CATALOG[name]["counts"].get("test")
+    said = [f"{name}: hf:{CATALOG[name]['hub']} has {count} test images, not {expected}"] if expected else []
+    assert [str(each.message) for each in caught if each.category is UserWarning] == said
     check_labels(task, name, {"test": "test"})
     assert task.split == CATALOG[name]["split"]
     (own_data / name).mkdir(parents=True)

@@ -33,6 +33,10 @@ def open_named(name: str) -> Source:
     except UserError as error:
         reason = str(error).split("; be online")[0]
         raise UserError(f"{name}: {advice}, or be online for hf:{facts['hub']} ({reason})") from None
+    for part, expected in facts["counts"].items():
+        if part in source.parts and len(source.parts[part]) != expected:
+            found = len(source.parts[part])
+            warnings.warn(f"{name}: hf:{facts['hub']} has {found} {part} images, not {expected}", stacklevel=2)
     return to_catalog(source, name, facts, hub=True)
 
 
