@@ -27,6 +27,22 @@ def run(base, tmp_path, capsys):
     return out
 
 
+def test_base_and_new_classes(clip_folder, tmp_path, capsys):
+    folder = write_images(tmp_path / "set", classes=("ant", "bee", "cat", "dog"), train=2, test=2)
+    data, run = ["--data", f"folder:{folder}", "--precision", "fp32"], str(tmp_path / "run")
+    tune = ["train", "capt", *data, "--backbone", str(clip_folder), "--epochs", "1", "--subset", "base", "--out", run]
+    assert main(tune) == 0
+    assert capsys.readouterr().out.strip().endswith("--subset base")
+    assert main(["evaluate", run, *data, "--subset", "new"]) == 0
+    assert "(new classes, test): clean" in capsys.readouterr().out
+    assert main(["evaluate", run, *data]) == 0
+    assert "(test): clean" in capsys.readouterr().out
+    assert main(["report", run]) == 0
+    printed = capsys.readouterr().out
+    assert "set new test" in printed
+    assert "set base train" in printed
+
+
 def failure(arguments, capsys):
     """The one line of a refused call; argparse puts the usage above it."""
     try:
@@ -115,6 +131,10 @@ def test_list(what, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts
     assert all(fact["name"] in shown for fact in facts)
+    if what == "data":
+        lines = {line.split()[0]: line for line in shown.splitlines()}
+        assert lines["dtd"].endswith("47 classes, from tanganke/dtd, or CoOp's split file with its images *")
+        assert lines["grocery"].endswith("from your own copy (ADVTUNE_DATA)")
     if what == "methods":
         assert "weight†=" in shown
         options = {o["name"]: o for o in next(f for f in facts if f["name"] == "capt")["options"]}
