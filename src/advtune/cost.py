@@ -1,0 +1,174 @@
+"""What a list of runs will cost: images through the backbone, counted from the plan, and a second of timing."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advtune.data import load_task
+from advtune.data.catalog import catalog
+from advtune.errors import UserError
+from advtune.grid import Todo, missing, rows_of
+from advtune.methods import configure
+from advtune.protocols import ZERO_SHOT, Run
+from advtune.vlm import VLM
+
+TYPICAL = 3  # evaluation: the worst case is that every image withstands everything; a third of it is typical
+SECONDS = 0.5  # of timing, for each of forward and gradient
+PARTS = {"train": 0.8, "test": 0.2}  # of a set that is one part
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Images that go forward and images whose gradient is taken, training and evaluation (worst case); None where
+    the number of images is not known. done: nothing is left of the run."""
+
+    key: str
+    done: bool
+    train: tuple[float, float] | None
+    evaluate: tuple[float, float] | None
+
+    def hours(self, pace: tuple[float, float] | None, typical: bool = False) -> float | None:
+        """Hours at so many seconds an image (forward, gradient); None where something is not known."""
+        if pace is None or self.train is None or self.evaluate is None:
+            return None
+        share = 1 / TYPICAL if typical else 1.0
+        return sum(p * (t + share * e) for p, t, e in zip(pace, self.train, self.evaluate, strict=True)) / 3600
+
+
+def costs(wanted: Sequence[Run], out: Path) -> list[Cost]:
+    """What is left of each run: nothing for one that is done, no training for one that is tuned."""
+    sizes: dict[Any, tuple[int | None, int | None]] = {}
+    found = []
+    for run in wanted:
+        todo = missing(run, rows_of(run, out / run.key))
+        if not todo:
+            found.append(Cost(run.key, True, (0, 0), (0, 0)))
+            continue
+        tuned = run.method == ZERO_SHOT or (out / run.key / "delta.safetensors").is_file()
+        n = None if tuned else images(run.data, run.subset, run.part, sizes)
+        if run.shots is not None and not tuned:
+            classes = size_of(run.data, run.subset, run.part, sizes)[1]
+            n = None if classes is None else run.shots * classes
+        n = n if n is None or run.limit is None else min(n, run.limit)
+        train = (0.0, 0.0) if tuned else None if n is None else training(run, n)
+        found.append(Cost(run.key, False, train, evaluation(todo, sizes)))
+    return found
+
+
+def training(run: Run, n: int) -> tuple[float, float]:
+    """(forwards, gradients) of tuning on n images: the attack's steps, then the adversarial and the clean image.
+
+    A method with a second model or a text tower that learns costs more.
+    """
+    epochs = {} if run.epochs is None else {"epochs": run.epochs}
+    method, recipe, attack = configure(run.method, {**run.options, **epochs}, run.train_attack)
+    passes = n * recipe.epochs * method.cycles
+    forwards, gradients = (0.0, 0.0) if attack is None else attacked(attack)
+    return passes * forwards, passes * (gradients + 2)
+
+
+def evaluation(todo: Todo, sizes: dict[Any, Any]) -> tuple[float, float] | None:
+    """(forwards, gradients) of the evaluations, were every image to withstand everything; None if a size is not
+    known."""
+    total = [0.0, 0.0]
+    for test, attacks in todo:
+        n = images(test.data, test.subset, test.part, sizes)
+        n = test.limit if n is None else n if test.limit is None else min(n, test.limit)
+        if n is None:
+            return None
+        total[0] += n
+        for attack in attacks:
+            for i, amount in enumerate((0, 0) if attack is None else attacked(attack)):
+                total[i] += n * amount
+    return total[0], total[1]
+
+
+def attacked(attack: Any) -> tuple[float, float]:
+    """(forwards, gradients) that an attack takes for an image that withstands it."""
+    if hasattr(attack, "stages"):
+        each = [attacked(stage) for stage in attack.stages()]
+        return sum(f for f, _ in each), sum(g for _, g in each)
+    if hasattr(attack, "queries") or hasattr(attack, "draws"):
+        return float(getattr(attack, "queries", 0) or attack.draws), 0.0
+    targets = getattr(attack, "targets", 1) if getattr(attack, "loss", "dlr-targeted") == "dlr-targeted" else 1
+    factors = [getattr(attack, name, 1) for name in ("steps", "restarts", "eot", "searches")]
+    return 1.0, float(math.prod([*factors, targets]))
+
+
+def images(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> int | None:
+    """The number of images of a slice, or None if it cannot be known without fetching the data."""
+    return size_of(spec, subset, part, sizes)[0]
+
+
+def size_of(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> tuple[int | None, int | None]:
+    """(images, classes) of a slice: the catalog's counts, else those of data on this machine; None if not known."""
+    key = (spec, subset, part)
+    if key not in sizes:
+        entry = catalog().get(spec)
+        whole = {"fit": "train", "val": "train"}.get(part, part)
+        share = {"fit": 0.75, "val": 0.25}.get(part, 1.0)
+        n = classes = None
+        if entry and whole in entry["counts"]:
+            n, classes = entry["counts"][whole], len(entry["classes"])
+            if subset != "all":
+                half = (classes + 1) // 2 if subset == "base" else classes // 2
+                n, classes = round(n * half / classes), half
+        elif entry is None or entry.get("embedded") or on_disk(spec):
+            n, classes = opened(spec, subset, whole)
+        sizes[key] = (None if n is None else round(share * n), classes)
+    found: tuple[int | None, int | None] = sizes[key]
+    return found
+
+
+def on_disk(name: str) -> bool:
+    folder = os.environ.get("ADVTUNE_DATA")
+    return bool(folder) and (Path(str(folder)).expanduser() / name).is_dir()
+
+
+def opened(spec: str, subset: str, part: str) -> tuple[int | None, int | None]:
+    """(images, classes) of a source on this machine; the hub is not asked."""
+    if spec.startswith("hf:"):
+        return None, None
+    try:
+        task = load_task(spec, subset=subset)
+    except UserError:
+        return None, None
+    if "all" in task.parts:
+        return round(PARTS.get(part, 1) * len(task.parts["all"])), len(task.classes)
+    return (len(task.parts[part]) if part in task.parts else None), len(task.classes)
+
+
+def pace(model: VLM) -> tuple[float, float]:
+    """Seconds an image of a forward and of a gradient by the image, on the model's device; takes about a second."""
+    size = 64 if model.device.type == "cuda" else 8
+    x = torch.rand(size, 3, model.side, model.side, device=model.device)
+    with torch.no_grad():
+        f = model.classifier(model.tokens(["cat", "dog"], "a photo of a {}."))
+
+    def forward() -> None:
+        with torch.no_grad():
+            f(x).sum().item()
+
+    def gradient() -> None:
+        z = x.clone().requires_grad_(True)
+        torch.autograd.grad(f(z).float().sum(), z)[0].sum().item()
+
+    return timed(forward) / size, timed(gradient) / size
+
+
+def timed(call: Callable[[], None]) -> float:
+    """Seconds of one call, after one that is not counted."""
+    call()
+    begin, count = time.monotonic(), 0
+    while time.monotonic() - begin < SECONDS or count == 0:
+        call()
+        count += 1
+    return (time.monotonic() - begin) / count
