@@ -27,6 +27,22 @@ def run(base, tmp_path, capsys):
     return out
 
 
+def test_base_and_new_classes(clip_folder, tmp_path, capsys):
+    folder = write_images(tmp_path / "set", classes=("ant", "bee", "cat", "dog"), train=2, test=2)
+    data, run = ["--data", f"folder:{folder}", "--precision", "fp32"], str(tmp_path / "run")
+    tune = ["train", "capt", *data, "--backbone", str(clip_folder), "--epochs", "1", "--subset", "base", "--out", run]
+    assert main(tune) == 0
+    assert capsys.readouterr().out.strip().endswith("--subset base")
+    assert main(["evaluate", run, *data, "--subset", "new"]) == 0
+    assert "(new classes, test): clean" in capsys.readouterr().out
+    assert main(["evaluate", run, *data]) == 0
+    assert "(test): clean" in capsys.readouterr().out
+    assert main(["report", run]) == 0
+    printed = capsys.readouterr().out
+    assert "set new test" in printed
+    assert "set base train" in printed
+
+
 def failure(arguments, capsys):
     """The one line of a refused call; argparse puts the usage above it."""
     try:

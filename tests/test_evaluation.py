@@ -105,6 +105,22 @@ def test_a_run_keeps_its_words_on_its_own_data(vlm, image_folder):
     assert evaluation.task_for(model, spec).classes == ("blue", "green", "red")
 
 
+def test_a_run_on_the_base_classes_keeps_its_words_on_the_new_ones(vlm, tmp_path):
+    spec = f"folder:{write_images(tmp_path / 'set', classes=('ant', 'bee', 'cat', 'dog', 'elk'))}"
+    own = advtune.load_task(spec, classes={"bee": "wasp", "elk": "moose"}, template="art of {}", subset="base")
+    assert (own.classes, own.parts["test"].labels) == (("ant", "wasp", "cat"), [0] * 4 + [1] * 4 + [2] * 4)
+    model = train.tune("capt", vlm, own, shots=1, epochs=1, show=False)
+    new = evaluation.task_for(model, spec, subset="new")
+    assert (new.classes, new.template, new.subset) == (("dog", "moose"), "art of {}", "new")
+    assert evaluation.task_for(model, spec).classes == ("ant", "wasp", "cat", "dog", "moose")
+    assert evaluation.task_for(model, spec, template="a {}", subset="new").template == "a {}"
+    row = evaluation.evaluate(model, new, show=False)
+    assert (row.data["subset"], row.data["classes"], row.clean["n"]) == ("new", 2, 8)
+    assert (row.train["subset"], row.train["classes"], row.train["n"]) == ("base", 3, 3)
+    assert row.data["split"] == row.train["split"] == "as given"
+    assert "all_classes" not in row.train
+
+
 def test_a_diverged_model_is_not_scored(vlm, task):
     broken = vlm.with_image_tower()
     with torch.no_grad():

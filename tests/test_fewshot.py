@@ -7,6 +7,7 @@ import pytest
 
 from advtune.data import Part, Split, Task, load_images, load_task
 from advtune.data.fewshot import select
+from advtune.data.task import take_subset
 from advtune.errors import UserError
 
 
@@ -225,3 +226,20 @@ def test_embedded_shots_are_pinned(monkeypatch, tmp_path):
     assert select(task, Split("val", limit=10)).ids == val
     images = load_images(task, Split("train", shots=4, seed=0, resolution="native"), cache=tmp_path)
     assert images.sha256 == "b9e26fe96eb4ce944a455facc6a4cf61a33ce888ca398c993fa51788d4f7f984"
+
+
+def test_base_and_new_are_the_two_halves_of_the_classes():
+    classes = ("ant", "bee", "cat", "dog", "elk")
+    part = Part([4, 0, 3, 1, 2, 3], list("abcdef"), lambda i: b"%d" % i)
+    task = Task("made", "made", classes, "a {}.", {"test": part}, classes, "all", classes)
+    base, new = take_subset(task, "base"), take_subset(task, "new")
+    assert (base.classes, base.subset, base.source) == (("ant", "bee", "cat"), "base", classes)
+    assert (new.classes, new.subset, new.all_classes) == (("dog", "elk"), "new", classes)
+    assert (base.parts["test"].labels, base.parts["test"].ids) == ([0, 1, 2], ["b", "d", "e"])
+    assert (new.parts["test"].labels, new.parts["test"].ids) == ([1, 0, 0], ["a", "c", "f"])
+    assert [new.parts["test"].read(i) for i in range(3)] == [b"0", b"2", b"5"]
+    assert take_subset(task, "all") is task
+    three = Task("made", "made", classes[:3], "a {}.", {"test": part.subset([1, 3, 4])})
+    for subset, match in (("new", "the new subset of 3 classes has 1"), ("old", "'old' is unknown; choose from all")):
+        with pytest.raises(UserError, match=match):
+            take_subset(three, subset)

@@ -358,3 +358,18 @@ def test_another_threat_in_a_section_is_in_the_label() -> None:
     behind = replace(clean_only(), threat="behind the defence jpeg")
     found = table([clean_only(), behind])
     assert [line["differs"] for line in found] == [{"threat": "white-box"}, {"threat": "behind the defence jpeg"}]
+
+
+def test_subsets_and_splits_are_told_apart_and_older_rows_are_over_all():
+    old, named = make(seed=0), make(seed=1, data={"subset": "all", "split": "as given"}, train={"subset": "all"})
+    new, base = make(seed=0, data={"subset": "new"}), make(seed=0, data={"subset": "base"})
+    other = make(seed=2, data={"split": "CoOp split_zhou_Pets.json"})
+    lines = table([old, named, new, base, other])
+    assert [(line["subset"], line["seeds"]) for line in lines] == [
+        ("all", [0, 1]), ("all", [2]), ("new", [0]), ("base", [0]),
+    ]  # fmt: skip
+    assert lines[1]["differs"] == {"split": "CoOp split_zhou_Pets.json"}
+    assert "pets new test" in render([new], "markdown")
+    tuned = [make(seed=seed, train={"subset": subset}) for seed, subset in ((0, "all"), (1, "base"))]
+    assert len(table(tuned)) == 2
+    assert "imagenet base all" in render(tuned, "markdown")

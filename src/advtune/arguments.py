@@ -86,6 +86,8 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:
     p.add_argument("--limit", type=int, metavar="N", help="only N images, class-balanced")
     p.add_argument("--part", default=part, choices=("train", "fit", "val", "test", "all"),
                    help=f"part of the data; fit and val are disjoint parts of train (default {part})")  # fmt: skip
+    p.add_argument("--subset", default="all", choices=("all", "base", "new"),
+                   help="base: the first half of the classes, rounded up; new: the others (default all)")  # fmt: skip
     p.add_argument("--classes", metavar="JSON|NAMES", help="other class names: a JSON file, or names with commas")
     p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the data set's)")
     p.add_argument("--resolution", metavar="N|native", help="side of the attacked image (default: the model's)")

@@ -51,7 +51,7 @@ def train(args: argparse.Namespace) -> None:
         resume=args.resume, overwrite=args.overwrite, **how,
     )  # fmt: skip
     follow = shlex.join(["advtune", "evaluate", args.out, "--data", args.data, "--attack", "pgd"])
-    follow += " -a eps=1/255 -a steps=100"
+    follow += " -a eps=1/255 -a steps=100" + (f" --subset {args.subset}" if args.subset != "all" else "")
     print(f"{args.out}: tuned; next: {follow}")
 
 
@@ -124,7 +124,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
             raise UserError(f"--resolution {resolution!r} is neither a number of pixels nor native")
         resolution = int(resolution)
     model = runs.load(name, args.device, args.precision)
-    task = task_for(model, args.data, args.classes, args.template)
+    task = task_for(model, args.data, args.classes, args.template, args.subset)
     return (
         model,
         task,
@@ -140,7 +140,8 @@ def sentence(row: Any) -> str:
     def percent(a: dict[str, Any]) -> str:
         return f"{100 * a['accuracy']:5.1f} %  [{100 * a['low']:.1f}, {100 * a['high']:.1f}]  n={a['n']}"
 
-    lines = [f"{row.method} on {row.data['name']} ({row.data['part']}): clean  {percent(row.clean)}"]
+    subset = "" if row.data["subset"] == "all" else f"{row.data['subset']} classes, "
+    lines = [f"{row.method} on {row.data['name']} ({subset}{row.data['part']}): clean  {percent(row.clean)}"]
     if row.robust is not None:
         steps = f" steps={row.attack['steps']}" if "steps" in row.attack else ""
         facts = f"{row.attack['name']} {row.attack['norm']} eps={pixels(row.attack['eps'])}{steps}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from advtune.errors import UserError
 from advtune.report.formats import escape
-from advtune.report.table import TRAINED_ON, canonical, flat, group_by, pixels, setting, shown, without
+from advtune.report.table import TRAINED_ON, canonical, flat, group_by, pixels, setting, shown, slice_name, without
 from advtune.results import Row, flag_text
 
 ALPHA = 0.05
@@ -181,6 +181,7 @@ def _key(row: Row) -> tuple[str, str]:
 
 def _facts(row: Row) -> dict[str, Any]:
     facts = {"dataset": row.data.get("name"), "data_sha256": row.data.get("sha256"), "n": row.clean["n"]}
+    facts |= {"subset": row.data.get("subset", "all")}
     facts |= {key: row.data.get(key) for key in ("part", "resolution", "classes")}
     attack = row.attack or {}
     facts |= {"attack": attack.get("name"), "eps": attack.get("eps"), "steps": attack.get("steps")}
@@ -212,7 +213,7 @@ def _some(items: Iterable[Any], most: int = 4) -> str:
 
 
 def _data(facts: Mapping[str, Any]) -> str:
-    name = " ".join(str(each) for each in (facts["dataset"], facts["part"]) if each)
+    name = slice_name(facts["dataset"], facts["subset"], facts["part"])
     return f"{name}, {facts['resolution']} px" if facts["resolution"] else name
 
 

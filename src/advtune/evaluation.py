@@ -134,15 +134,18 @@ def keep(rows: Sequence[Row], out: str | Path | None) -> list[Row]:
 
 
 def task_for(
-    model: VLM, data: str, classes: str | Mapping[str, str] | None = None, template: str | None = None
-) -> Task:
-    """The task of a data spec, with the words that the model was tuned with when it was tuned on this data and
-    no others are given."""
-    task, train = load_task(data, classes=classes, template=template), model.run.get("train", {})
+    model: VLM, data: str, classes: str | Mapping[str, str] | None = None, template: str | None = None,
+    subset: str = "all",
+) -> Task:  # fmt: skip
+    """The task of a data spec and subset, with the words that the model was tuned with when it was tuned on this
+    data, on whichever subset, and no others are given."""
+    task = load_task(data, classes=classes, template=template, subset=subset)
+    train = model.run.get("train", {})
     if train.get("spec") != data or train["source_classes"] != list(task.source):
         return task
-    words = classes or dict(zip(train["source_classes"], train["classes"], strict=True))
-    return load_task(data, classes=words, template=template or train["template"])
+    texts = train.get("all_classes", train["classes"])
+    words = classes or dict(zip(train["source_classes"], texts, strict=True))
+    return load_task(data, classes=words, template=template or train["template"], subset=subset)
 
 
 def predict(s: Setting) -> Tensor:

@@ -69,7 +69,7 @@ def row(
     """Everything a table needs of one evaluation."""
     model, task, images, run = s.model, s.task, s.images, s.model.run
     texts = hashlib.sha256("\n".join(task.texts()).encode()).hexdigest()
-    train = {k: v for k, v in run.get("train", {}).items() if k != "source_classes"}
+    train = {k: v for k, v in run.get("train", {}).items() if k not in ("source_classes", "all_classes")}
     if train:
         train |= {"classes": len(train["classes"]), "attack": run["attack"]}
     notes = list(run.get("notes", []))
@@ -96,6 +96,8 @@ def row(
         data={
             "spec": task.spec,
             "name": task.name,
+            "subset": task.subset,
+            "split": task.split,
             **asdict(s.split),
             "n": len(images.y),
             "sha256": images.sha256,

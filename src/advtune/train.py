@@ -56,10 +56,13 @@ class Plan:
             "train": {
                 "spec": self.task.spec,
                 "name": self.task.name,
+                "subset": self.task.subset,
+                "split": self.task.split,
                 **asdict(self.split),
                 "n": len(images.y),
                 "sha256": images.sha256,
                 "classes": list(self.task.classes),
+                "all_classes": list(self.task.all_classes or self.task.classes),
                 "source_classes": list(self.task.source),
                 "template": self.task.template,
                 "skipped": images.skipped,

@@ -46,11 +46,12 @@ class Part:
 
 @dataclass
 class Source:
-    """What a source holds: `name` for tables, `classes` in label order, `parts`."""
+    """What a source holds: `name` for tables, `classes` in label order, `parts`, and in words the `split` they are."""
 
     name: str
     classes: list[str]
     parts: dict[str, Part]
+    split: str = "as given"
 
 
 def concat(first: Part, second: Part) -> Part:

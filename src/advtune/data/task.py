@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from advtune.errors import UserError
 OPENERS = {"folder": open_folder, "parquet": open_parquet, "csv": open_csv, "hf": open_hub}
 FORMS = "folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME"
 TEMPLATE = "a photo of a {}."
+SUBSETS = ("all", "base", "new")
+SINGLE = "80/20 by content"  # what a source without a test part gets
 Words = str | Sequence[str] | Mapping[str, str]
 
 
@@ -27,7 +29,9 @@ class Task:
 
     `spec` is what the user gave, `name` is short and for tables. `classes` are distinct texts in label order.
     `parts` are what the source has: "train" and "test", only "test", or "all" (one split, cut 80/20 at need).
-    `source` are the class names as the source has them, before any renaming.
+    `source` are the class names as the source has them, before any renaming. `subset` is all, base (the first half
+    of the classes, rounded up) or new (the others); labels count from 0 in each. `all_classes` are the texts before
+    the subset was taken. `split` says in words which split the parts come from.
     """
 
     spec: str
@@ -36,17 +40,21 @@ class Task:
     template: str
     parts: dict[str, Part]
     source: tuple[str, ...] = ()
+    subset: str = "all"
+    all_classes: tuple[str, ...] = ()
+    split: str = ""
 
     def texts(self) -> list[str]:
         """The template filled with each class name, in label order: C texts."""
         return [self.template.replace("{}", name) for name in self.classes]
 
 
-def load_task(spec: str, *, classes: Words | None = None, template: str | None = None) -> Task:
+def load_task(spec: str, *, classes: Words | None = None, template: str | None = None, subset: str = "all") -> Task:
     """Open a source: a catalog name, or `folder:`, `parquet:`, `csv:`, `hf:` and where it is.
 
     classes: a JSON file (a list with one name per label, or {old: new}), comma-separated names, or a sequence
-    with one name per label, in the source's label order. template: exactly one {} and no other brace.
+    with one name per label, in the source's label order.
+    template: exactly one {} and no other brace. subset: all, base or new; `classes` names every class still.
     Raises UserError for anything that is missing, empty, ambiguous or not distinct.
     """
     kind, colon, where = spec.partition(":")
@@ -63,9 +71,34 @@ def load_task(spec: str, *, classes: Words | None = None, template: str | None =
         warnings.warn(f"{spec}: the class texts are numbers, like the labels; give classes=", stacklevel=2)
     texts = tuple(" ".join(name.split()) for name in names)
     words = default if template is None else template
-    task = Task(spec, source.name, texts, words, source.parts, tuple(source.classes))
+    split = SINGLE if "all" in source.parts else source.split
+    task = Task(spec, source.name, texts, words, source.parts, tuple(source.classes), "all", texts, split)
     check_task(task)
-    return task
+    return take_subset(task, subset)
+
+
+def take_subset(task: Task, subset: str) -> Task:
+    """The task over its base classes (the first ceil(C/2) in label order) or its new ones (the rest), labels from 0.
+
+    The cut is that of Zhou et al. 2022 (CoCoOp, arXiv 2203.05557). Raises UserError for another subset, and when it
+    has fewer than two classes or no images.
+    """
+    if subset not in SUBSETS:
+        raise UserError(f"subset {subset!r} is unknown; choose from {', '.join(SUBSETS)}")
+    if subset == "all":
+        return task
+    base = (len(task.classes) + 1) // 2
+    first, stop = (0, base) if subset == "base" else (base, len(task.classes))
+    parts = {}
+    for name, part in task.parts.items():
+        parts[name] = part.subset([i for i, label in enumerate(part.labels) if first <= label < stop])
+        parts[name].labels = [label - first for label in parts[name].labels]
+    taken = replace(task, classes=task.classes[first:stop], parts=parts, subset=subset)
+    if len(taken.classes) < 2:
+        raise UserError(f"{task.spec}: the {subset} subset of {len(task.classes)} classes has {len(taken.classes)}; "
+                        "a classifier needs two or more")  # fmt: skip
+    check_task(taken)
+    return taken
 
 
 def check_task(task: Task) -> None:

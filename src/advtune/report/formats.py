@@ -11,7 +11,7 @@ from typing import Any
 
 from advtune.errors import UserError
 from advtune.report.harmonic import harmonic_means, harmonic_table
-from advtune.report.table import BLIND, flat, pixels, sections, shown, table
+from advtune.report.table import BLIND, flat, pixels, sections, shown, slice_name, table
 from advtune.results import Row
 
 Line = dict[str, Any]
@@ -55,7 +55,7 @@ def heading(section: Sequence[Line]) -> str:
     n = f"n = {line['n']}"
     if line["robust_n"] not in (None, line["n"]):
         n = f"n = {line['n']} clean, {line['robust_n']} robust"
-    data = " ".join(str(each) for each in (line["dataset"], line["part"]) if each)
+    data = slice_name(line["dataset"], line["subset"], line["part"])
     size = f", {_size(line['resolution'])} px" if line["resolution"] else ""
     attack = line["attack"] or "no attack"
     if line["eps"] is not None:
@@ -141,7 +141,7 @@ def _cells(section: Sequence[Line]) -> list[list[str]]:
     names = ["clean", "robust"] if section[0]["attack"] else ["clean"]
     cells = [["Method", "Trained on", "Seeds", "n", *(f"{name.capitalize()} %" for name in names)]]
     for line in section:
-        trained = " ".join(str(each) for each in (line["train"], line["train_part"]) if each) or "-"
+        trained = slice_name(line["train"], line["train_subset"], line["train_part"]) or "-"
         if line["train_shots"]:
             trained += f", {line['train_shots']} shots"
         seeds = ", ".join(str(seed) for seed in line["seeds"])

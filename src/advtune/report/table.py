@@ -82,7 +82,7 @@ def without(facts: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
 
 
 def _section_key(row: Row) -> str:
-    data = [row.data.get(key) for key in ("name", "part", "resolution")]
+    data = [row.data.get(key) for key in ("name", "part", "resolution")] + [row.data.get("subset", "all")]
     sizes = [row.clean["n"], row.robust and row.robust["n"]]
     backbone = [row.backbone.get(key) for key in ("name", "sha256")]
     return canonical([data, sizes, without(row.attack, "seed"), backbone])
@@ -90,7 +90,7 @@ def _section_key(row: Row) -> str:
 
 def setting(row: Row) -> dict[str, Any]:
     """All that decides a row's numbers, seeds aside, and is not in its section's heading."""
-    train = without(row.train, *VARIES)
+    train = _slice(row.train)
     if isinstance(train.get("attack"), Mapping):
         train["attack"] = without(train["attack"], "seed")
     return {
@@ -98,10 +98,23 @@ def setting(row: Row) -> dict[str, Any]:
         "options": row.options,
         "recipe": without(row.recipe, "seed"),
         "train": train,
-        "data": without(row.data, *VARIES, "name", "part", "resolution"),
+        "data": without(_slice(row.data), "name", "part", "resolution", "subset"),
         "threat": row.threat,
         "precision": row.precision,
     }
+
+
+def _slice(facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The slice without what a seed changes; older rows do not name a subset (it was all) or a usual split."""
+    kept = without(facts, *VARIES)
+    if kept:
+        kept["subset"] = kept.get("subset", "all")
+    return without(kept, "split") if kept.get("split") in ("", "as given") else kept
+
+
+def slice_name(name: Any, subset: Any, part: Any) -> str:
+    """What a slice is called: `pets new test`; a subset of all goes without saying."""
+    return " ".join(str(each) for each in (name, None if subset == "all" else subset, part) if each)
 
 
 def _line_key(row: Row) -> str:
@@ -155,6 +168,7 @@ def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
     line: dict[str, Any] = {
         "dataset": row.data.get("name"),
         "part": row.data.get("part"),
+        "subset": row.data.get("subset", "all"),
         "resolution": row.data.get("resolution"),
         "n": row.clean["n"],
         "attack": attack.get("name"),
@@ -167,6 +181,7 @@ def _line(group: Sequence[Row], differs: dict[str, Any]) -> dict[str, Any]:
         "method": row.method,
         "differs": {_short(key): value for key, value in differs.items()},
         "train": train.get("name"),
+        "train_subset": train.get("subset", "all") if train else None,
         "train_part": train.get("part"),
         "train_shots": train.get("shots"),
         "seeds": [_seed(each) for each in group],
