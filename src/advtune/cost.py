@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from advtune import runs
 from advtune.data import load_task
 from advtune.data.catalog import catalog
 from advtune.errors import UserError
@@ -172,3 +174,59 @@ def timed(call: Callable[[], None]) -> float:
         call()
         count += 1
     return (time.monotonic() - begin) / count
+
+
+def estimate(wanted: Sequence[Run], out: Path, device: str, precision: str, as_json: bool) -> str:
+    """The dry run as text: a table, or JSON. Loads the first backbone to time it; without it hours are unknown."""
+    found = costs(wanted, out)
+    speed, reason = None, ""
+    try:
+        if not all(each.done for each in found):
+            speed = pace(runs.load(wanted[0].backbone, device, precision))
+    except UserError as error:
+        reason = f"No timing: {error}"
+    if as_json:
+        facts = [
+            {"key": cost.key, "done": cost.done, "train": cost.train, "evaluate": cost.evaluate,
+             "hours": cost.hours(speed), "hours_typical": cost.hours(speed, True), **run.settings()}
+            for run, cost in zip(wanted, found, strict=True)
+        ]  # fmt: skip
+        return json.dumps(facts, indent=1)
+    return drawn(found, speed, reason)
+
+
+def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str) -> str:
+    """The costs as a table with sums and what they mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("Run", "State", *("Train", "Evaluate", "Hours", "typical"))
+    for cost in found:
+        both = [cost.hours(speed), cost.hours(speed, True)]
+        state = "done" if cost.done else "to do"
+        grid.add_row(cost.key, state, thousands(cost.train), thousands(cost.evaluate), *map(number, both))
+    left = [cost for cost in found if not cost.done]
+    lines = [f"{len(found)} runs, {len(found) - len(left)} done. Nothing was written."]
+    for typical, words in ((False, "worst case"), (True, "typical case")):
+        known = [hours for cost in left if (hours := cost.hours(speed, typical)) is not None]
+        unknown = f"; {len(left) - len(known)} runs unknown" if len(known) < len(left) else ""
+        lines.append(f"{words}: {number(sum(known) if known or not left else None)} hours{unknown}")
+    lines += [
+        "Train, Evaluate: thousands of images through the backbone, forwards + gradients. Worst case: every image",
+        f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Second models and text towers",
+        "that learn are not counted.",
+    ]
+    if speed:
+        lines.append(f"Timed here: {1e3 * speed[0]:.2f} ms a forward, {1e3 * speed[1]:.2f} ms a gradient, an image.")
+    console = Console(width=max(100, Console().width))
+    with console.capture() as text:
+        console.print(grid)
+    return "\n".join([text.get().rstrip(), *lines, *([reason] if reason else [])])
+
+
+def thousands(amount: tuple[float, float] | None) -> str:
+    return "unknown" if amount is None else " + ".join(f"{each / 1000:.3g}" for each in amount)
+
+
+def number(hours: float | None) -> str:
+    return "unknown" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,11 @@ def work(
             state = f"failed: {reason}" if reason else "was done" if skip else "done"
             times = f"{clock(seconds)} so far, about {clock(ahead)} left"
             print(f"[{i + 1}/{len(wanted)}] {run.key}: {state} ({times})", file=sys.stderr, flush=True)
-    lines = [json.dumps(each.__dict__) + "\n" for each in outcome.failed]
-    if lines:
-        write_atomic(out / FAILED, "".join(lines))
-    else:
-        (out / FAILED).unlink(missing_ok=True)
+    (out / FAILED).unlink(missing_ok=True)
+    if outcome.failed:
+        write_atomic(out / FAILED, "".join(json.dumps(asdict(each)) + "\n" for each in outcome.failed))
+    for each in outcome.failed if show else ():
+        print(f"advtune: failed: {each.key}: {each.error} ({out / each.traceback})", file=sys.stderr)
     return outcome
 
 

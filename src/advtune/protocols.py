@@ -144,7 +144,8 @@ def runs(study: Study, data: str, tests: Sequence[str | Test], shots: Sequence[i
         for k, seed in product(shots, study.seeds) if tuned else [(None, 0)]:
             options = {**study.options, **study.method.get(method, {})}
             what: dict[str, Any] = {
-                "shots": k, "seed": seed, "epochs": study.epochs, "limit": study.train_limit, "options": options,
+                "shots": k, "seed": seed, "epochs": None if "epochs" in options else study.epochs,
+                "limit": study.train_limit, "options": options,
                 "train_attack": study.train_attack if attacks_in_training(method) else {},
             }  # fmt: skip
             common = {"backbone": study.backbone, "attack_seed": study.attack_seed, **how}

@@ -15,12 +15,13 @@ from advtune.attacks import ATTACKS
 from advtune.errors import UserError
 from advtune.grid import Outcome, work
 from advtune.methods import METHODS
-from advtune.options import fill
+from advtune.options import as_options, fill
 from advtune.protocols import NEEDS_DATA, PROTOCOLS, Run
 from advtune.results import write_atomic
 
 FILE = "study.toml"
-ATTACK = {"name": "pgd", "eps": "1/255", "steps": 100}
+ATTACK: dict[str, Any] = {"name": "pgd", "eps": "1/255", "steps": 100}
+CURVE = ["1/255", "2/255", "4/255", "8/255"]
 LISTS = {"methods": str, "data": str, "shots": int, "seeds": int}
 SINGLE = {
     "protocol": str, "train_on": str, "backbone": str, "paper": str, "table": str,
@@ -68,7 +69,8 @@ class Study:
     def evaluation(self) -> tuple[Any, ...]:
         """The attacks that are evaluated, one for each eps, ascending within a name; (None,) is clean alone."""
         found: list[Any] = []
-        for facts in self.attacks or (ATTACK,):
+        default = ATTACK | ({"eps": CURVE} if self.protocol == "eps-curve" else {})
+        for facts in self.attacks or (default,):
             found += attacks_of(facts)
         if len({repr(attack) for attack in found}) < len(found):
             raise UserError("study: the attacks name the same thing twice; give each eps once")
@@ -136,7 +138,7 @@ def listed(value: Any, name: str) -> Sequence[Any]:
     return value
 
 
-def one_of_kind(value: Any, kind: type, name: str) -> None:
+def one_of_kind(value: Any, kind: Any, name: str) -> None:
     """Raises UserError unless the value is a text or a whole number, as its field wants, and not too low."""
     if not isinstance(value, kind) or isinstance(value, bool):
         words = {str: "a text", int: 'a number from 1, or "all"' if name == "shots" else "a whole number"}[kind]
@@ -164,12 +166,65 @@ def from_facts(facts: Mapping[str, Any], what: str = "study") -> Study:
     return Study(**facts)
 
 
+def from_flags(flags: Mapping[str, Any]) -> Study:
+    """A study from the command line: a protocol or a file (`study`), and the flags that lie over it."""
+    place = flags["study"]
+    facts: dict[str, Any] = {"protocol": place} if place in PROTOCOLS else read(place)
+    for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "backbone"):
+        if flags.get(name) is not None:
+            facts[name] = flags[name]
+    if flags.get("shots"):
+        facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
+    if flags.get("train_attack"):
+        facts["train_attack"] = facts.get("train_attack", {}) | pairs(flags["train_attack"], "--train-attack")
+    for key, value in pairs(flags.get("options") or (), "-o").items():
+        method, dot, own = key.partition(".")
+        table = facts.setdefault("method", {}).setdefault(method, {}) if dot else facts.setdefault("options", {})
+        table[own if dot else key] = value
+    attacks = flagged(flags, [dict(each) for each in facts.get("attacks", [])])
+    return from_facts(facts | ({"attacks": attacks} if attacks else {}), place)
+
+
+def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluation attacks of --attack, --eps and -a; without --attack, the file's with the others over them."""
+    names, radii, given = (flags.get(name) for name in ("attack", "eps", "attack_options"))
+    if names:
+        kept = [dict(ATTACK) if name == ATTACK["name"] else {"name": name} for name in names]
+    elif radii or given:
+        kept = kept or [dict(ATTACK)]
+    options, used = pairs(given or (), "-a"), set()
+    for attack in kept:
+        own = as_options(ATTACKS[attack["name"]]) if attack.get("name") in ATTACKS else {}
+        attack |= {key: value for key, value in options.items() if key in own}
+        used |= set(own)
+        if radii and attack.get("name") not in (None, "none"):
+            attack["eps"] = radii
+    if unused := [key for key in options if key not in used]:
+        names_ = ", ".join(str(attack.get("name")) for attack in kept)
+        raise UserError(f"study: -a {unused[0]}: no attack of {names_} has it; {near(unused[0], sorted(used))}")
+    return kept
+
+
+def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
+    """`key=value` texts as a mapping. Raises UserError for a text that is not one, or a key given twice."""
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            raise UserError(f"study: {flag} {text}: write key=value")
+        if key in found:
+            raise UserError(f"study: {flag} {key} is given twice; give it once")
+        found[key] = value
+    return found
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The facts of a study file. Raises UserError when it is not there or not TOML."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a protocol or a study file") from None
+        hint = near(path, PROTOCOLS)
+        raise UserError(f"{path}: neither a protocol nor a file that can be read ({error.strerror}); {hint}") from None
     except ValueError as error:
         raise UserError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
 

@@ -182,10 +182,10 @@ def _harmonic(rows: Sequence[Row], format: str) -> str:
         grid = [[escape(cell) for cell in header], rule, *([escape(cell) for cell in line] for line in body)]
         rest = "\n".join(f"| {' | '.join(cells)} |" for cells in grid)
         return f"\n### {title}\n\n{rest}\n\n{note}\n"
-    grid = [" & ".join(map(_tex, line)) + r" \\" for line in (header, *body)]
+    rows_ = [" & ".join(map(_tex, line)) + r" \\" for line in (header, *body)]
     top = [rf"\noindent\textbf{{{title}}}\par", rf"\noindent\begin{{tabular}}{{{'l' * 6 + 'r' * (len(header) - 6)}}}"]
     foot = [r"\end{tabular}\par", rf"\noindent{{\footnotesize {_tex(note)}\par}}"]
-    return "\n" + "\n".join([*top, r"\hline", grid[0], r"\hline", *grid[1:], r"\hline", *foot]) + "\n"
+    return "\n" + "\n".join([*top, r"\hline", rows_[0], r"\hline", *rows_[1:], r"\hline", *foot]) + "\n"
 
 
 def _settings(section: Sequence[Line]) -> str:

@@ -56,7 +56,8 @@ def harmonic_table(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
     for line in lines:
         attack = "-"
         if line["attack"]:
-            attack = f"{line['attack']} eps {pixels(line['eps'])}" + (f", {line['steps']} steps" if line["steps"] else "")
+            steps = f", {line['steps']} steps" if line["steps"] else ""
+            attack = f"{line['attack']} eps {pixels(line['eps'])}{steps}"
         seeds = ", ".join("-" if seed is None else str(seed) for seed in line["seeds"])
         shots = "-" if line["seeds"] == [None] else "all" if line["shots"] is None else str(line["shots"])
         n = " / ".join(map(str, line["clean"]["n"]))
