@@ -15,7 +15,7 @@ from pathlib import Path
 
 from advtune.attacks import PGD
 from advtune.grid import work
-from advtune.protocols import Run, Test
+from advtune.protocols import Run, Slice
 
 ATTACK = PGD(eps=1 / 255, steps=10)
 SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 3, "caltech101": 1}
@@ -46,7 +46,7 @@ TOWER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 def choice(method: str, label: str, options: dict, data: str, seed: int, rate: float, backbone: str) -> Run:
     return Run(
-        method, data, (Test(data, part="val", limit=200),), (ATTACK,), part="fit", shots=SHOTS[data], seed=seed,
+        method, data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=SHOTS[data], seed=seed,
         epochs=EPOCHS[data], options={**SHORT, **options, "lr": rate}, backbone=backbone,
         label=f"{method} {label} lr={rate:g}",
     )  # fmt: skip
@@ -54,7 +54,7 @@ def choice(method: str, label: str, options: dict, data: str, seed: int, rate: f
 
 def tower(rate: float, backbone: str) -> Run:
     return Run(
-        "tecoa", "tinyimagenet", (Test("tinyimagenet", part="val", limit=200),), (ATTACK,), part="fit", epochs=1,
+        "tecoa", "tinyimagenet", (Slice("tinyimagenet", part="val", limit=200),), (ATTACK,), part="fit", epochs=1,
         limit=2000, options={"lr": rate, "batch_size": 64}, backbone=backbone, label=f"tecoa lr={rate:g}",
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from advtune.attacks import PGD
 from advtune.grid import work
-from advtune.protocols import Run, Test
+from advtune.protocols import Run, Slice
 
 SETS = ("caltech101", "cifar10", "grocery", "tinyimagenet")
 TRANSFER = ("cifar10", "caltech101", "fashion-mnist")
@@ -47,7 +47,7 @@ def few_shot(
     for data, n, label in product(sets, eps, labels):
         method, options = METHODS[label]
         what: dict[str, Any] = {"backbone": backbone, "label": f"{label} eps{n}"}
-        where = (Test(data, limit=limit),), (PGD(eps=n / 255, steps=steps),)
+        where = (Slice(data, limit=limit),), (PGD(eps=n / 255, steps=steps),)
         if method == "zero-shot":
             found.append(Run(method, data, *where, **what))
             continue
@@ -58,7 +58,7 @@ def few_shot(
 
 def transfer(labels: list[str], images: int | None, epochs: int, steps: int, limit: int | None, backbone: str) -> list:
     """Tuned on tinyimagenet, evaluated on other sets without any tuning."""
-    tests = tuple(Test(data, limit=limit) for data in TRANSFER)
+    tests = tuple(Slice(data, limit=limit) for data in TRANSFER)
     found = []
     for label in labels:
         method, options = METHODS[label]

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,23 @@ from advtune import runs
 from advtune.data import Task, load_task
 from advtune.errors import UserError
 from advtune.evaluation import evaluate_all
-from advtune.protocols import ZERO_SHOT, Run, Test
+from advtune.protocols import ZERO_SHOT, Run, Slice, slug
 from advtune.results import Row, append, read, write_atomic
 from advtune.rows import WHITE_BOX, attack_facts
 from advtune.train import tune
 from advtune.vlm import VLM
 
 FAILED, TRACEBACKS = "failed.jsonl", "tracebacks"
-Todo = list[tuple[Test, list[Any]]]
+Todo = list[tuple[Slice, list[Any]]]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that failed: its folder under OUT, the reason in one line, and the file with the whole story."""
+    """A run that failed: its folder under OUT, the set that it failed on (empty: in tuning), the reason in one line,
+    and the file with the whole story."""
 
     key: str
+    test: str
     error: str
     traceback: str
 
@@ -79,58 +82,67 @@ def work(
     begin, worked = time.monotonic(), 0
     left = sum(not is_done(run, out) for run in wanted)
     for i, run in enumerate(wanted):
-        skip, reason = False, ""
+        skip = is_done(run, out)
         try:
-            skip = do(run, out / run.key, bench)
+            failed = [] if skip else do(run, out, bench)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"at run {i + 1} of {len(wanted)}; the same command goes on from there") from None
-        except Exception as error:
-            outcome.failed.append(failure(run, error, out))
-            reason = outcome.failed[-1].error
+        outcome.failed += failed
         outcome.skipped += skip
-        if (out / run.key / runs.RESULTS).is_file() and not reason:
+        with suppress(UserError):  # a folder of other rows is among the failures
             outcome.rows += rows_of(run, out / run.key)
         worked += not skip
         if show:
             seconds = time.monotonic() - begin
             ahead = seconds / max(1, worked) * max(0, left - worked)
-            state = f"failed: {reason}" if reason else "was done" if skip else "done"
+            state = f"failed: {failed[0].error}" if failed else "was done" if skip else "done"
             times = f"{clock(seconds)} so far, about {clock(ahead)} left"
             print(f"[{i + 1}/{len(wanted)}] {run.key}: {state} ({times})", file=sys.stderr, flush=True)
     (out / FAILED).unlink(missing_ok=True)
     if outcome.failed:
         write_atomic(out / FAILED, "".join(json.dumps(asdict(each)) + "\n" for each in outcome.failed))
     for each in outcome.failed if show else ():
-        print(f"advtune: failed: {each.key}: {each.error} ({out / each.traceback})", file=sys.stderr)
+        where = f"{each.key} on {each.test}" if each.test else each.key
+        print(f"advtune: failed: {where}: {each.error} ({out / each.traceback})", file=sys.stderr)
     return outcome
 
 
-def do(run: Run, folder: Path, bench: Bench) -> bool:
-    """Tune unless the folder is finished, then add the rows that it lacks; True when nothing was to be done.
-
-    Raises UserError when the folder's rows were made with other settings or on another backbone.
-    """
-    todo = missing(run, known(run, folder))
-    if not todo:
-        return True
-    model = bench.model(run.backbone)
-    check_backbone(run, known(run, folder), model, folder)
-    if run.method != ZERO_SHOT:
-        model = tune(
-            run.method, model, bench.task(run.data, run.subset), shots=run.shots, seed=run.seed, epochs=run.epochs,
-            options=run.options, attack=run.train_attack, part=run.part, limit=run.limit, out=folder, resume=True,
-            show=bench.show,
-        )  # fmt: skip
-    for test, attacks in todo:
-        found = evaluate_all(
-            model, bench.task(test.data, test.subset), attacks, part=test.part, limit=test.limit,
-            batch_size=bench.batch_size, seed=run.attack_seed, resume=True, show=bench.show,
-        )  # fmt: skip
+def do(run: Run, out: Path, bench: Bench) -> list[Failure]:
+    """Tune unless the folder is finished, then add the rows that it lacks; what failed."""
+    failed, folder = list[Failure](), out / run.key
+    try:
         have = known(run, folder)
-        for row, attack in zip(found, attacks, strict=True):
-            if not any(answers(each, run, test, attack) for each in have):
-                append(folder / runs.RESULTS, row)
-    return False
+        model = tuned(run, have, folder, bench)
+    except Exception as error:
+        return [failure(run, "", error, out)]
+    for test, attacks in missing(run, have):
+        try:
+            for row, attack in zip(evaluated(run, test, attacks, model, bench), attacks, strict=True):
+                if not any(answers(each, run, test, attack) for each in have):
+                    append(folder / runs.RESULTS, row)
+        except Exception as error:  # a set that cannot be had does not stop the others
+            failed.append(failure(run, test.data, error, out))
+    return failed
+
+
+def tuned(run: Run, have: Sequence[Row], folder: Path, bench: Bench) -> VLM:
+    """The run's model, tuned now, gone on with, or read. Raises UserError when its rows are of another backbone."""
+    model = bench.model(run.backbone)
+    check_backbone(run, have, model, folder)
+    if run.method == ZERO_SHOT:
+        return model
+    return tune(
+        run.method, model, bench.task(run.data, run.subset), shots=run.shots, seed=run.seed, epochs=run.epochs,
+        options=run.options, attack=run.train_attack, part=run.part, limit=run.limit, out=folder, resume=True,
+        show=bench.show,
+    )  # fmt: skip
+
+
+def evaluated(run: Run, test: Slice, attacks: list[Any], model: VLM, bench: Bench) -> list[Row]:
+    return evaluate_all(
+        model, bench.task(test.data, test.subset), attacks, part=test.part, limit=test.limit,
+        batch_size=bench.batch_size, seed=run.attack_seed, resume=True, show=bench.show,
+    )  # fmt: skip
 
 
 def is_done(run: Run, out: Path) -> bool:
@@ -169,7 +181,7 @@ def missing(run: Run, have: Sequence[Row]) -> Todo:
     return todo
 
 
-def answers(row: Row, run: Run, test: Test, attack: Any) -> bool:
+def answers(row: Row, run: Run, test: Slice, attack: Any) -> bool:
     """Whether a row is this evaluation: the whole slice and every field of the attack, its seed included."""
     data = (row.data["spec"], row.data.get("subset", "all"), row.data["part"], row.data["limit"], row.data["shots"])
     facts = None if attack is None else plain({**attack_facts(attack), "seed": run.attack_seed})
@@ -200,13 +212,14 @@ def check_backbone(run: Run, rows: Sequence[Row], model: VLM, folder: Path) -> N
         raise UserError(f"{folder}: its rows were made on another backbone; remove it or choose another --out")
 
 
-def failure(run: Run, error: Exception, out: Path) -> Failure:
-    """The reason in one line; the traceback goes into a file. Trouble with the disk itself is raised."""
+def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
+    """The reason in one line; the traceback goes into a file. A disk that takes no file ends the work."""
     text = " ".join(str(error).split())[:300]
     reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-    path = out / TRACEBACKS / f"{run.key.replace('/', '-')}.txt"
+    name = run.key.replace("/", "-") + (f"-{slug(test)}" if test else "")
+    path = out / TRACEBACKS / f"{name}.txt"
     write_atomic(path, "".join(traceback.format_exception(error)))
-    return Failure(run.key, reason, str(path.relative_to(out)))
+    return Failure(run.key, test, reason, str(path.relative_to(out)))
 
 
 def plain(facts: Any) -> Any:

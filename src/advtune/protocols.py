@@ -30,7 +30,7 @@ TRANSFER = ("cifar10", "cifar100", "stl10", "caltech101", "caltech256", "oxford-
 
 
 @dataclass(frozen=True)
-class Test:
+class Slice:
     """A slice that is tested on: data spec, all/base/new classes, part of the data, so many images."""
 
     data: str
@@ -50,7 +50,7 @@ class Run:
 
     method: str
     data: str
-    tests: tuple[Test, ...]
+    tests: tuple[Slice, ...]
     attacks: tuple[Any, ...] = (None,)  # None: clean accuracy alone
     subset: str = "all"
     part: str = "train"
@@ -103,7 +103,7 @@ def base_to_new(study: Study) -> list[Run]:
     """Tuned on the first half of the classes, 16 images each; tested on that half and on the other."""
     found = []
     for data in study.data:
-        tests = [Test(data, subset, limit=study.limit) for subset in ("base", "new")]
+        tests = [Slice(data, subset, limit=study.limit) for subset in ("base", "new")]
         found += runs(study, data, tests, USUAL, subset="base")
     return found
 
@@ -134,10 +134,10 @@ def away(study: Study, train_on: str, data: Sequence[str], shots: Sequence[int |
     return runs(study, home, list(dict.fromkeys([home, *(study.data or data)])), shots)
 
 
-def runs(study: Study, data: str, tests: Sequence[str | Test], shots: Sequence[int | None], **how: Any) -> list[Run]:
+def runs(study: Study, data: str, tests: Sequence[str | Slice], shots: Sequence[int | None], **how: Any) -> list[Run]:
     """A run for each method, number of shots and seed of a study, on one set; zero-shot once."""
     found = []
-    where = tuple(Test(test, limit=study.limit) if isinstance(test, str) else test for test in tests)
+    where = tuple(Slice(test, limit=study.limit) if isinstance(test, str) else test for test in tests)
     shots = [None if k == "all" else k for k in study.shots] or shots  # type: ignore[misc]
     for method in study.methods:
         tuned = method != ZERO_SHOT
