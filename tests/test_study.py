@@ -315,6 +315,9 @@ REFUSED = {
     "idle": ({"method": {"capt": {"lam": 1.0}}}, "options for capt"),
     "option": ({"options": {"lrr": 1}}, "did you mean lr?"),
     "table": ({"options": 3}, "options is a table"),
+    "nested list": ({"methods": [["tecoa"]]}, "is not a text"),
+    "method table": ({"method": {"tecoa": 3}}, "[method.tecoa]"),
+    "attacks": ({"attacks": 3}, "attacks is a list"),
     "attack": ({"attacks": [{"name": "pdg"}]}, "did you mean pgd?"),
     "attack name": ({"attacks": [{"eps": 1}]}, "a table with a name"),
     "attack eps": ({"attacks": [{"name": "pgd", "eps": 4}]}, "write 4/255"),
@@ -367,6 +370,8 @@ def test_flags_lie_over_the_file(tmp_path):
     assert plan(study)[0].settings()["attack"]["steps"] == 4
     with pytest.raises(UserError, match="no attack of pgd, autoattack has it"):
         from_flags(flags | {"attack_options": ["queries=1"]})
+    with pytest.raises(UserError, match="--eps goes with an attack"):
+        from_flags(flags | {"attack": ["none"], "attack_options": None})
     assert from_flags(flags | {"attack": ["none"], "eps": None, "attack_options": None}).evaluation() == (None,)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from advtune.errors import UserError
 from advtune.grid import Todo, missing, rows_of
 from advtune.methods import configure
 from advtune.protocols import ZERO_SHOT, Run
+from advtune.rows import attack_facts
 from advtune.vlm import VLM
 
 TYPICAL = 3  # evaluation: the worst case is that every image withstands everything; a third of it is typical
@@ -188,6 +189,8 @@ def estimate(wanted: Sequence[Run], out: Path, device: str, precision: str, as_j
     if as_json:
         facts = [
             {"key": cost.key, "done": cost.done, "train": cost.train, "evaluate": cost.evaluate,
+             "tests": [asdict(test) for test in run.tests],
+             "attacks": [None if attack is None else attack_facts(attack) for attack in run.attacks],
              "hours": cost.hours(speed), "hours_typical": cost.hours(speed, True), **run.settings()}
             for run, cost in zip(wanted, found, strict=True)
         ]  # fmt: skip

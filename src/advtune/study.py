@@ -61,9 +61,8 @@ class Study:
     table: str = ""
 
     def __post_init__(self) -> None:
-        for name in LISTS:  # a list from TOML or Python is kept as a tuple
+        for name in (*LISTS, "attacks"):  # a list from TOML or Python is kept as a tuple
             object.__setattr__(self, name, tuple(listed(getattr(self, name), name)))
-        object.__setattr__(self, "attacks", tuple(self.attacks))
         check(self)
 
     def evaluation(self) -> tuple[Any, ...]:
@@ -102,17 +101,20 @@ def check(study: Study) -> None:
         raise UserError(f"study: unknown protocol {study.protocol!r}; {near(study.protocol, PROTOCOLS)}")
     for name, kind in LISTS.items():
         values = getattr(study, name)
-        if len(set(values)) < len(values):
-            raise UserError(f"study: {name} names {max(values, key=values.count)} twice; give it once")
         for value in values:
             if not (name == "shots" and value == "all"):
                 one_of_kind(value, kind, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"study: {name} names {max(values, key=values.count)} twice; give it once")
     for name, kind in SINGLE.items():
         if getattr(study, name) is not None:
             one_of_kind(getattr(study, name), kind, name)
     for name in TABLES:
         if not isinstance(getattr(study, name), Mapping):
             raise UserError(f"study: {name} is a table: [{name}]")
+    for name, value in study.method.items():
+        if not isinstance(value, Mapping):
+            raise UserError(f"study: method: {name} is a table: [method.{name}]")
     if not study.methods:
         raise UserError('study: no method; give some: methods = ["zero-shot", "tecoa"]')
     if not study.seeds:
@@ -192,6 +194,8 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
         kept = [dict(ATTACK) if name == ATTACK["name"] else {"name": name} for name in names]
     elif radii or given:
         kept = kept or [dict(ATTACK)]
+    if radii and all(attack.get("name") in (None, "none") for attack in kept):
+        raise UserError("study: --eps goes with an attack; name it with --attack pgd")
     options, used = pairs(given or (), "-a"), set()
     for attack in kept:
         own = as_options(ATTACKS[attack["name"]]) if attack.get("name") in ATTACKS else {}
