@@ -12,6 +12,7 @@ import advtune
 from advtune import cost, grid, runs
 from advtune.attacks import PGD, AutoAttack
 from advtune.cli import main
+from advtune.data.catalog import catalog
 from advtune.errors import UserError
 from advtune.protocols import PROTOCOLS, Run, Slice, slug
 from advtune.report import render
@@ -420,6 +421,9 @@ def test_costs_by_hand(images, tmp_path):
     (known,) = cost.costs([Run("tecoa", "cifar10", (Slice("cifar10", limit=100),), (None,), subset="base")], tmp_path)
     assert known.train[1] == 25000 * 10 * 4
     assert known.evaluate == (100, 0)
+    (few,) = cost.costs([Run("tecoa", "caltech101", (Slice("caltech101"),), (None,), shots=2)], tmp_path)
+    assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 4
+    assert few.evaluate is None  # the catalog has no counts, and the data is not here
     (unknown,) = cost.costs([replace(run, data="hf:owner/name")], tmp_path)
     assert unknown.train is None
     assert unknown.hours((1.0, 1.0)) is None

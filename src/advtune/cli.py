@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -183,7 +184,8 @@ def study(args: argparse.Namespace) -> int:
     elif outcome.rows:
         from advtune.report import render
 
-        print(render(outcome.rows, "markdown"))
+        text = re.sub(r"\n*<details>.*?</details>", "", render(outcome.rows, "markdown"), flags=re.DOTALL)
+        print(f"{text}\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
     again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out])
     if outcome.failed:
         print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)

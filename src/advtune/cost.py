@@ -17,7 +17,7 @@ from advtune import runs
 from advtune.data import load_task
 from advtune.data.catalog import catalog
 from advtune.errors import UserError
-from advtune.grid import Todo, missing, rows_of
+from advtune.grid import Todo, clock, missing, rows_of
 from advtune.methods import configure
 from advtune.protocols import ZERO_SHOT, Run
 from advtune.rows import attack_facts
@@ -55,7 +55,7 @@ def costs(wanted: Sequence[Run], out: Path) -> list[Cost]:
         if not todo:
             found.append(Cost(run.key, True, (0, 0), (0, 0)))
             continue
-        tuned = run.method == ZERO_SHOT or (out / run.key / "delta.safetensors").is_file()
+        tuned = run.method == ZERO_SHOT or (out / run.key / runs.DELTA).is_file()
         n = None if tuned else images(run.data, run.subset, run.part, sizes)
         if run.shots is not None and not tuned:
             classes = size_of(run.data, run.subset, run.part, sizes)[1]
@@ -118,14 +118,12 @@ def size_of(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> tuple[i
         entry = catalog().get(spec)
         whole = {"fit": "train", "val": "train"}.get(part, part)
         share = {"fit": 0.75, "val": 0.25}.get(part, 1.0)
-        n = classes = None
-        if entry and whole in entry["counts"]:
-            n, classes = entry["counts"][whole], len(entry["classes"])
-            if subset != "all":
-                half = (classes + 1) // 2 if subset == "base" else classes // 2
-                n, classes = round(n * half / classes), half
-        elif entry is None or entry.get("embedded") or on_disk(spec):
+        if entry is None or (whole not in entry["counts"] and (entry.get("embedded") or on_disk(spec))):
             n, classes = opened(spec, subset, whole)
+        else:
+            n, every = entry["counts"].get(whole), len(entry["classes"])
+            classes = {"all": every, "base": (every + 1) // 2, "new": every // 2}[subset]
+            n = None if n is None else round(n * classes / every)
         sizes[key] = (None if n is None else round(share * n), classes)
     found: tuple[int | None, int | None] = sizes[key]
     return found
@@ -203,7 +201,7 @@ def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str)
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table("Run", "State", *("Train", "Evaluate", "Hours", "typical"))
+    grid = Table("Run", "State", "Train", "Evaluate", "Worst case", "Typical")
     for cost in found:
         both = [cost.hours(speed), cost.hours(speed, True)]
         state = "done" if cost.done else "to do"
@@ -213,7 +211,7 @@ def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str)
     for typical, words in ((False, "worst case"), (True, "typical case")):
         known = [hours for cost in left if (hours := cost.hours(speed, typical)) is not None]
         unknown = f"; {len(left) - len(known)} runs unknown" if len(known) < len(left) else ""
-        lines.append(f"{words}: {number(sum(known) if known or not left else None)} hours{unknown}")
+        lines.append(f"{words}: {number(sum(known) if known or not left else None)}{unknown}")
     lines += [
         "Train, Evaluate: thousands of images through the backbone, forwards + gradients. Worst case: every image",
         f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Second models and text towers",
@@ -221,7 +219,7 @@ def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str)
     ]
     if speed:
         lines.append(f"Timed here: {1e3 * speed[0]:.2f} ms a forward, {1e3 * speed[1]:.2f} ms a gradient, an image.")
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(120, Console().width))
     with console.capture() as text:
         console.print(grid)
     return "\n".join([text.get().rstrip(), *lines, *([reason] if reason else [])])
@@ -232,4 +230,4 @@ def thousands(amount: tuple[float, float] | None) -> str:
 
 
 def number(hours: float | None) -> str:
-    return "unknown" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
+    return "unknown" if hours is None else clock(3600 * hours)

@@ -101,9 +101,11 @@ def work(
     (out / FAILED).unlink(missing_ok=True)
     if outcome.failed:
         write_atomic(out / FAILED, "".join(json.dumps(asdict(each)) + "\n" for each in outcome.failed))
-    for each in outcome.failed if show else ():
-        where = f"{each.key} on {each.test}" if each.test else each.key
-        print(f"advtune: failed: {where}: {each.error} ({out / each.traceback})", file=sys.stderr)
+    for reason in dict.fromkeys(each.error for each in outcome.failed) if show else ():
+        first, *others = [each for each in outcome.failed if each.error == reason]
+        where = first.key + (f" on {first.test}" if first.test else "")
+        more = f" (and {len(others)} more)" if others else ""
+        print(f"advtune: failed: {where}{more}: {reason} ({out / first.traceback})", file=sys.stderr)
     return outcome
 
 
@@ -121,7 +123,8 @@ def do(run: Run, out: Path, bench: Bench) -> list[Failure]:
                 if not any(answers(each, run, test, attack) for each in have):
                     append(folder / runs.RESULTS, row)
         except Exception as error:  # a set that cannot be had does not stop the others
-            failed.append(failure(run, test.data, error, out))
+            name = test.data + ("" if test.subset == "all" else f", {test.subset} classes")
+            failed.append(failure(run, name, error, out))
     return failed
 
 
