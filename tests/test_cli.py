@@ -131,6 +131,10 @@ def test_list(what, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts
     assert all(fact["name"] in shown for fact in facts)
+    if what == "data":
+        lines = {line.split()[0]: line for line in shown.splitlines()}
+        assert lines["dtd"].endswith("47 classes, from tanganke/dtd, or CoOp's split file with its images *")
+        assert lines["grocery"].endswith("from your own copy (ADVTUNE_DATA)")
     if what == "methods":
         assert "weight†=" in shown
         options = {o["name"]: o for o in next(f for f in facts if f["name"] == "capt")["options"]}

@@ -71,11 +71,12 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     if what == "data":
         for fact in facts:
-            where = "embedded" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
-            console.print(
-                f"[bold]{fact['name']}[/]  {fact['title']}, {len(fact['classes'])} classes, from {where}",
-                soft_wrap=True,
-            )
+            where = "the package" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
+            where += ", or CoOp's split file with its images" if fact["coop"] else ""
+            line = f"{fact['title']}, {len(fact['classes'])} classes, from {where}{' *' if fact['unverified'] else ''}"
+            console.print(f"[bold]{fact['name']}[/]  {line}", soft_wrap=True)
+        trust = "* not yet loaded from the hub by us: `advtune list data --json` says what is taken on trust"
+        console.print(trust, soft_wrap=True)
     elif what == "backbones":
         for fact in facts:
             console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})")

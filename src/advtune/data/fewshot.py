@@ -21,7 +21,8 @@ TEST_SHARE, VAL_SHARE = 5, 4  # one fifth of a single split is test; one fourth 
 class Split:
     """A fully specified slice of a Task.
 
-    part: train, fit, val, test or all; fit and val are a 75/25 cut of train: nothing is tuned on test.
+    part: train, fit, val, test or all; fit and val are a 75/25 cut of train, or train and val of a source that
+    has a val part (CoOp's files): nothing is tuned on test.
     shots: images a class, chosen by `seed`. limit: the first so many of the fixed order, after `shots`.
     resolution: image side S in pixels before the attack, or "native".
     on_bad: "fail" or "skip" an image that cannot be decoded; it is left out after `shots` and `limit` have
@@ -62,7 +63,8 @@ def _rank(purpose: str, text: str) -> bytes:
 
 def select(task: Task, split: Split, track: Callable[[Iterable[int]], Iterable[int]] = iter) -> Part:
     """The records of `split`, in their fixed order. `track` shows the progress of reading the source once."""
-    source = ["train"] if split.part in ("fit", "val") else [split.part]
+    own = split.part in task.parts or split.part not in ("fit", "val")
+    source = [split.part] if own else ["train"]
     for name, part in task.parts.items():
         if name in source or split.part == "all" or name == "all":
             part.hashes(track)
@@ -76,7 +78,9 @@ def select(task: Task, split: Split, track: Callable[[Iterable[int]], Iterable[i
 def named_part(task: Task, name: str) -> Part:
     """The part called `name` in PARTS, cut from what the source has. Raises UserError if it cannot be had."""
     parts = task.parts
-    if name in ("fit", "val"):
+    if name == "fit" and "val" in parts:
+        return parts["train"]
+    if name in ("fit", "val") and name not in parts:
         fit, val = cut(named_part(task, "train"), VAL_SHARE, task.classes, "fit/val")
         return fit if name == "fit" else val
     if name == "all":

@@ -5,26 +5,30 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from advtune.data.sources import VAL_NAMES, Part, Source, existing, number, part_names
+from advtune.data.sources import VAL_NAMES, Part, Source, existing, number, part_names, split_of
 from advtune.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category", "target", "cls")
 
 
-def open_parquet(path: str) -> Source:
-    """One file, or a folder with train.parquet and test.parquet (or train-*.parquet; or these in data/)."""
+def open_parquet(path: str, label: str = "") -> Source:
+    """One file, or a folder with train.parquet and test.parquet (or train-*.parquet; or these in data/).
+
+    label: the column of labels, found by its usual names when it is not there.
+    """
     root = existing(path, "parquet")
-    shards = _shards(root)
-    if not shards:
+    found = shards(root)
+    if not found:
         raise UserError(f"parquet:{path} (and its data/) has no train.parquet or test.parquet; add them")
-    files = {name: [str(file) for file in found] for name, found in shards.items()}
+    files = {name: [str(file) for file in paths] for name, paths in found.items()}
     name = root.stem if root.is_file() else root.resolve().name
     spec = f"parquet:{path}"
-    return to_source(_load("parquet", spec, data_files=files, cache_dir=_cache_of(files, spec)), name, spec)
+    return to_source(_load("parquet", spec, data_files=files, cache_dir=_cache_of(files, spec)), name, spec, label)
 
 
-def _shards(root: Path) -> dict[str, list[Path]]:
+def shards(root: Path) -> dict[str, list[Path]]:
+    """The parquet files of a file or folder by part, {} if there are none."""
     if root.is_file():
         return {"train": [root]}  # the library reserves the word "all"
     for folder in (root, root / "data"):
@@ -51,12 +55,12 @@ def _cache_of(files: dict[str, list[str]], spec: str) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"advtune-{content.hexdigest()[:32]}")
 
 
-def open_hub(where: str) -> Source:
+def open_hub(where: str, label: str = "") -> Source:
     """`OWNER/NAME` or `OWNER/NAME:CONFIG` on the Hugging Face hub; needs the network or the hub's cache."""
     repo, _, config = where.partition(":")
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"hf:{where} is not hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
-    return to_source(_load(repo, f"hf:{where}", name=config or None), repo.split("/")[1], f"hf:{where}")
+    return to_source(_load(repo, f"hf:{where}", name=config or None), repo.split("/")[1], f"hf:{where}", label)
 
 
 def _load(what: str, spec: str, **options: Any) -> dict[str, Any]:
@@ -78,10 +82,11 @@ def _load(what: str, spec: str, **options: Any) -> dict[str, Any]:
         ) from None
 
 
-def to_source(splits: dict[str, Any], name: str, spec: str) -> Source:
+def to_source(splits: dict[str, Any], name: str, spec: str, label: str = "") -> Source:
     """A DatasetDict -> Source. A test split without labels (all negative) counts as absent."""
     first = next(iter(splits.values()))
-    image, label = _image_column(first, spec), _label_column(first, spec)
+    image = _image_column(first, spec)
+    label = label if label in first.features else _label_column(first, spec)
     raw = {key: _column(split, label).to_pylist() for key, split in splits.items()}
     used = part_names(key for key, values in raw.items() if not values or any(map(_is_label, values)))
     if not used:
@@ -93,7 +98,8 @@ def to_source(splits: dict[str, Any], name: str, spec: str) -> Source:
     classes = list(getattr(first.features[label], "names", None) or [])
     if not classes:
         labels, classes = number(labels)
-    return Source(name, classes, {p: _part(splits[key], image, labels[p], p) for p, key in used.items()})
+    parts = {part: _part(splits[key], image, labels[part], part) for part, key in used.items()}
+    return Source(name, classes, parts, split_of(used))
 
 
 def _is_label(value: Any) -> bool:

@@ -7,7 +7,7 @@ Nothing is decoded here: a Part reads encoded bytes, one image at a time.
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,12 @@ def part_names(found: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def split_of(used: Mapping[str, str]) -> str:
+    """In words, the split that `part_names` gives: "as given", or which part stands in as the test part."""
+    own = used.get("test", "test")
+    return "as given" if own == "test" else f"as given, {own} as test"
+
+
 def existing(path: str, kind: str) -> Path:
     """The path of a spec. Raises UserError if there is none."""
     found = Path(path).expanduser()
@@ -85,7 +91,13 @@ def existing(path: str, kind: str) -> Path:
     return found
 
 
-def _read_file(paths: Sequence[Path], i: int) -> bytes:
+def normal(name: str) -> str:
+    """A class name as it is compared: underscores and hyphens are spaces, case does not count."""
+    return " ".join(name.replace("_", " ").replace("-", " ").split()).casefold()
+
+
+def read_file(paths: Sequence[Path], i: int) -> bytes:
+    """The bytes of file i. Raises UserError when it cannot be read."""
     try:
         return paths[i].read_bytes()
     except OSError as error:
@@ -100,9 +112,10 @@ def open_folder(path: str) -> Source:
     below = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
     known = {"train", "test", *VAL_NAMES}
     if ("train" in below and known & (set(below) - {"train"})) or (below and set(below) <= known):
-        roots = {part: below[name] for part, name in part_names(below).items()}
+        used = part_names(below)
+        roots = {part: below[name] for part, name in used.items()}
     else:  # a lone class called "train" among others is a class
-        roots = {"all": root}
+        used, roots = {"all": root.name}, {"all": root}
     folders = {part: _class_folders(top) for part, top in roots.items()}
     classes = sorted({name for found in folders.values() for name in found})
     for part, found in folders.items():
@@ -110,7 +123,7 @@ def open_folder(path: str) -> Source:
             raise UserError(f"folder:{path}: class {missing[0]!r} is missing from the {part} part; add it")
     parts = {part: _folder_part(root, [found[c] for c in classes]) for part, found in folders.items()}
     texts = [name.replace("_", " ").replace("-", " ") for name in classes]
-    return Source(root.resolve().name, texts, parts)
+    return Source(root.resolve().name, texts, parts, split_of(used))
 
 
 def _class_folders(top: Path) -> dict[str, Path]:
@@ -124,7 +137,7 @@ def _folder_part(root: Path, folders: Sequence[Path]) -> Part:
         images = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
         labels += [label] * len(images)
         paths += images
-    return Part(labels, [p.relative_to(root).as_posix() for p in paths], partial(_read_file, paths))
+    return Part(labels, [p.relative_to(root).as_posix() for p in paths], partial(read_file, paths))
 
 
 def open_csv(path: str) -> Source:
@@ -155,13 +168,14 @@ def open_csv(path: str) -> Source:
         if not (file.parent / image).is_file():
             raise UserError(f"csv:{path} line {line}: there is no file {image!r} beside the CSV")
         groups.setdefault(name, []).append((file.parent / image, image, label))
-    used = {part: groups[name] for part, name in part_names(groups).items()}
+    names = part_names(groups)
+    used = {part: groups[name] for part, name in names.items()}
     labels, classes = number({part: [label for *_, label in group] for part, group in used.items()})
     parts = {
-        part: Part(labels[part], [name for _, name, _ in group], partial(_read_file, [p for p, *_ in group]))
+        part: Part(labels[part], [name for _, name, _ in group], partial(read_file, [p for p, *_ in group]))
         for part, group in used.items()
     }
-    return Source(file.stem, classes, parts)
+    return Source(file.stem, classes, parts, split_of(names))
 
 
 def number(raw: dict[str, list[Any]]) -> tuple[dict[str, list[int]], list[str]]:

@@ -2,20 +2,24 @@
 
 import difflib
 import json
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from advtune.data.catalog import catalog
+from advtune.data.catalog import entry, names
+from advtune.data.named import open_named
 from advtune.data.parquet import open_hub, open_parquet
-from advtune.data.sources import Part, Source, open_csv, open_folder
+from advtune.data.sources import Part, Source, normal, open_csv, open_folder
 from advtune.errors import UserError
 
-OPENERS = {"folder": open_folder, "parquet": open_parquet, "csv": open_csv, "hf": open_hub}
+OPENERS: dict[str, Callable[[str], Source]] = {
+    "folder": open_folder,
+    "parquet": open_parquet,
+    "csv": open_csv,
+    "hf": open_hub,
+}
 FORMS = "folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME"
 TEMPLATE = "a photo of a {}."
 SUBSETS = ("all", "base", "new")
@@ -60,16 +64,16 @@ def load_task(spec: str, *, classes: Words | None = None, template: str | None =
     kind, colon, where = spec.partition(":")
     if colon and kind in OPENERS:
         source, default = OPENERS[kind](where), TEMPLATE
-    elif spec in catalog():
-        source, default = _open_named(spec), catalog()[spec]["template"]
+    elif spec in names():
+        source, default = open_named(spec), entry(spec)["template"]
     else:
-        near = difflib.get_close_matches(spec, catalog(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known sets: {', '.join(catalog())};"
+        near = difflib.get_close_matches(spec, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known sets: {', '.join(names())};"
         raise UserError(f"unknown set {spec!r}: {hint} otherwise give {FORMS}")
-    names = source.classes if classes is None else rename(source.classes, classes)
-    if classes is None and names and all(name.isdecimal() for name in names):
+    given = source.classes if classes is None else rename(source.classes, classes)
+    if classes is None and spec not in names() and given and all(name.isdecimal() for name in given):
         warnings.warn(f"{spec}: the class texts are numbers, like the labels; give classes=", stacklevel=2)
-    texts = tuple(" ".join(name.split()) for name in names)
+    texts = tuple(" ".join(name.split()) for name in given)
     words = default if template is None else template
     split = SINGLE if "all" in source.parts else source.split
     task = Task(spec, source.name, texts, words, source.parts, tuple(source.classes), "all", texts, split)
@@ -130,20 +134,20 @@ def rename(old: Sequence[str], given: Words) -> list[str]:
     ):
         raise UserError("classes must be names, one per label, or a mapping {old: new}")
     if isinstance(words, Mapping):
-        index = {_norm(name): i for i, name in enumerate(old)}
+        index = {normal(name): i for i, name in enumerate(old)}
         names = list(old)
         for key, value in words.items():
-            if _norm(key) not in index:
+            if normal(key) not in index:
                 near = difflib.get_close_matches(key, old, n=1) or list(old[:1])
                 raise UserError(f"classes: the source has no class {key!r}; the nearest is {near[0]!r}")
-            names[index[_norm(key)]] = value
+            names[index[normal(key)]] = value
         return names
     if len(words) != len(old):
         raise UserError(f"classes: {len(words)} names for {len(old)} labels; give one each, or {{old: new}}")
-    known = [_norm(name) for name in old]
+    known = [normal(name) for name in old]
     for i, name in enumerate(words):
-        if _norm(name) in known and _norm(name) != known[i]:  # positional renaming would swap labels unseen
-            place = known.index(_norm(name))
+        if normal(name) in known and normal(name) != known[i]:  # positional renaming would swap labels unseen
+            place = known.index(normal(name))
             raise UserError(f"classes: {name!r} is number {i} but {place} in the source; keep its order")
     return list(words)
 
@@ -157,48 +161,3 @@ def _read_classes(given: str) -> Any:
         raise UserError(f"classes: cannot read {given}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"classes: {given} is not JSON: {error}") from None
-
-
-def _norm(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("-", " ").split()).casefold()
-
-
-def _open_named(name: str) -> Source:
-    """$ADVTUNE_DATA/NAME, else the slice in the package, else the hub; with the catalog's label order."""
-    entry = catalog()[name]
-    local = os.environ.get("ADVTUNE_DATA")
-    if local and (Path(local).expanduser() / name).is_dir():
-        source = open_parquet(str(Path(local) / name))
-    elif entry["embedded"]:
-        source = open_parquet(str(files("advtune") / "assets" / entry["embedded"]))
-    else:
-        advice = f"set ADVTUNE_DATA to a folder that holds {name}/train.parquet and {name}/test.parquet"
-        if not entry["hub"]:
-            raise UserError(f"{name} is not on the hub: {advice}")
-        try:
-            source = open_hub(entry["hub"])
-        except UserError as error:
-            reason = str(error).split("; be online")[0]
-            raise UserError(f"{name}: {advice}, or be online for hf:{entry['hub']} ({reason})") from None
-    return to_catalog(Source(name, source.classes, source.parts), entry)
-
-
-def to_catalog(source: Source, entry: Mapping[str, Any]) -> Source:
-    """Relabel to the catalog's classes by name; images of other classes (Caltech's Faces_easy) are left out.
-
-    If the source lacks a class of the catalog, its own names are kept, with a warning.
-    """
-    wanted = {_norm(text): i for i, text in enumerate(entry["classes"])}
-    wanted |= {_norm(text): i for i, text in enumerate(entry["hub_classes"] or ())}
-    new = [wanted.get(_norm(text)) for text in source.classes]
-    if set(range(len(entry["classes"]))) - set(new):
-        warnings.warn(f"{source.name}: not the catalog's classes; its own names are used", stacklevel=2)
-        return source
-    if new == list(range(len(new))):
-        return Source(source.name, entry["classes"], source.parts)
-    parts = {}
-    for key, part in source.parts.items():
-        kept = [i for i, label in enumerate(part.labels) if new[label] is not None]
-        parts[key] = part.subset(kept)
-        parts[key].labels = [n for label in part.labels if (n := new[label]) is not None]
-    return Source(source.name, entry["classes"], parts)

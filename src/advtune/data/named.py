@@ -1,0 +1,99 @@
+"""A set of the catalog, opened: the user's own copy, the slice in the package, or the hub; relabelled by name."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from advtune.data.catalog import entry
+from advtune.data.coop import open_coop
+from advtune.data.parquet import open_hub, open_parquet, shards
+from advtune.data.sources import Source, normal, open_folder
+from advtune.errors import UserError
+
+
+def open_named(name: str) -> Source:
+    """What $ADVTUNE_DATA holds of a set (CoOp's split file, parquet files, or a folder a class), else the slice in the
+    package, else the hub; with the catalog's label order and class texts, but CoOp's where its split file is used.
+
+    Raises UserError when it cannot be had, in one line that says how to get it.
+    """
+    facts = entry(name)
+    if (own := _own_copy(name, facts)) is not None:
+        return own
+    if facts["embedded"]:
+        return to_catalog(open_parquet(str(files("advtune") / "assets" / facts["embedded"])), name, facts)
+    advice = f"set ADVTUNE_DATA to a folder that holds {_wanted(name, facts)}"
+    if not facts["hub"]:
+        raise UserError(f"{name} is not on the hub: {advice}; {facts['licence']}")
+    try:
+        source = open_hub(facts["hub"], facts["label"])
+    except UserError as error:
+        reason = str(error).split("; be online")[0]
+        raise UserError(f"{name}: {advice}, or be online for hf:{facts['hub']} ({reason})") from None
+    for part, expected in facts["counts"].items():
+        if part in source.parts and len(source.parts[part]) != expected:
+            found = len(source.parts[part])
+            warnings.warn(f"{name}: hf:{facts['hub']} has {found} {part} images, not {expected}", stacklevel=2)
+    return to_catalog(source, name, facts, hub=True)
+
+
+def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
+    if not os.environ.get("ADVTUNE_DATA"):
+        return None
+    top, coop = Path(os.environ["ADVTUNE_DATA"]).expanduser(), facts["coop"]
+    for place in (top / name, top / coop["folder"]) if coop else ():
+        if (place / coop["split"]).is_file():
+            return open_coop(place, coop, name)
+    place = top / name
+    if not place.is_dir():
+        return None
+    folders = any(each.is_dir() for each in place.iterdir())
+    if shards(place) or not folders:
+        return to_catalog(open_parquet(str(place), facts["label"]), name, facts, own=True)
+    return to_catalog(open_folder(str(place)), name, facts, own=True)
+
+
+def _wanted(name: str, facts: Mapping[str, Any]) -> str:
+    wanted = f"{name}/train.parquet and {name}/test.parquet (or folders {name}/train/CLASS and {name}/test/CLASS)"
+    if coop := facts["coop"]:
+        wanted += f", or {'/'.join(filter(None, (coop['folder'], coop['images'])))} with {coop['split']}"
+    return wanted
+
+
+def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool = False, own: bool = False) -> Source:
+    """Relabel to the catalog's classes; images of other classes (Caltech's Faces_easy) are left out.
+
+    The source's class names are looked up in the catalog's, then in the hub's and in the folders' names; whole numbers
+    and, of the hub, labels whose names are not known count as places where the catalog says so. If the source lacks
+    a class of the catalog, its own names are kept, with a warning.
+    """
+    split = source.split if own else facts["split"]
+    new = places(source.classes, facts, hub)
+    if new is None:
+        warnings.warn(f"{name}: not the catalog's classes; its own names are used", stacklevel=2)
+        return Source(name, source.classes, source.parts, split)
+    if new == list(range(len(new))):
+        return Source(name, facts["classes"], source.parts, split)
+    parts = {}
+    for key, part in source.parts.items():
+        kept = [i for i, label in enumerate(part.labels) if new[label] is not None]
+        parts[key] = part.subset(kept)
+        parts[key].labels = [n for label in part.labels if (n := new[label]) is not None]
+    return Source(name, facts["classes"], parts, split)
+
+
+def places(found: list[str], facts: Mapping[str, Any], hub: bool) -> list[int | None] | None:
+    """Of each class name found, the place in the catalog's classes, or None for one that is not in it; None alone if
+    that leaves a class of the catalog out. One table of names at a time: they may share words with other meanings."""
+    count = len(facts["classes"])
+    tables = [facts["classes"], facts["hub_classes"], facts["folders"]]
+    tables.append([str(i) for i in range(count)] if facts["numbered"] else None)
+    for table in tables:
+        index = {normal(text): i for i, text in enumerate(table or ())}
+        new = [index.get(normal(text)) for text in found]
+        if set(new) >= set(range(count)):
+            return new
+    return list(range(count)) if hub and facts["by_index"] and len(found) == count else None
