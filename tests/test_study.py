@@ -397,8 +397,23 @@ def test_the_verb(images, clip_folder, tmp_path, capsys, calls):
     assert "Harmonic means" in capsys.readouterr().out
     assert main([*arguments, "--dry-run", "--json"]) == 0
     assert [run["done"] for run in json.loads(capsys.readouterr().out)] == [True, True]
+    assert main([*arguments[:-2], "--dry-run", "--json"]) == 0  # without a folder nothing is done
+    assert [run["done"] for run in json.loads(capsys.readouterr().out)] == [False, False]
+    assert main(arguments[:-2]) == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
     assert main(["study", "few-shott", "--out", str(out)]) == 2
     assert "did you mean few-shot" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(study, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "evaluate_all", stop)
+    path = tmp_path / "study.toml"
+    path.write_text(write(study), encoding="utf-8")
+    assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 130
+    assert "interrupted; at run 1 of 2; the same command goes on" in capsys.readouterr().err
 
 
 def test_the_verb_says_what_failed(clip_folder, tmp_path, capsys):

@@ -110,7 +110,7 @@ def _study(verbs: Any) -> None:
     )
     p.add_argument("study", metavar="PROTOCOL|FILE", help="few-shot, base-to-new, cross-dataset, domain-shift, "
                    "transfer, eps-curve; or a study file (.toml)")  # fmt: skip
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the study: a run folder for each run")
+    p.add_argument("--out", metavar="DIR", help="folder of the study: a run folder for each run")
     p.add_argument("--methods", nargs="+", metavar="M", help="see `advtune list methods`; zero-shot is run once a set")
     p.add_argument("--data", nargs="+", metavar="SPEC", help="sets tested on: " + DATA_HELP)
     p.add_argument("--train-on", metavar="SPEC", help="the set tuned on, where the protocol tests on others")

@@ -174,8 +174,10 @@ def study(args: argparse.Namespace) -> int:
     if args.dry_run:
         from advtune.cost import estimate
 
-        print(estimate(plan(asked), Path(args.out), args.device, args.precision, args.json))
+        print(estimate(plan(asked), Path(args.out) if args.out else None, args.device, args.precision, args.json))
         return 0
+    if not args.out:
+        raise UserError("study: --out DIR is missing: the folder that gets the runs (--dry-run needs none)")
     outcome = run_study(
         asked, args.out, extend=args.extend, device=args.device, precision=args.precision, batch_size=args.batch_size
     )

@@ -15,7 +15,8 @@ import torch
 
 from advtune import runs
 from advtune.data import load_task
-from advtune.data.catalog import catalog
+from advtune.data.catalog import entry as facts_of
+from advtune.data.catalog import names
 from advtune.errors import UserError
 from advtune.grid import Todo, clock, missing, rows_of
 from advtune.methods import configure
@@ -46,16 +47,16 @@ class Cost:
         return sum(p * (t + share * e) for p, t, e in zip(pace, self.train, self.evaluate, strict=True)) / 3600
 
 
-def costs(wanted: Sequence[Run], out: Path) -> list[Cost]:
-    """What is left of each run: nothing for one that is done, no training for one that is tuned."""
+def costs(wanted: Sequence[Run], out: Path | None) -> list[Cost]:
+    """What is left of each run under OUT: nothing for one that is done, no training for one that is tuned."""
     sizes: dict[Any, tuple[int | None, int | None]] = {}
     found = []
     for run in wanted:
-        todo = missing(run, rows_of(run, out / run.key))
+        todo = missing(run, [] if out is None else rows_of(run, out / run.key))
         if not todo:
             found.append(Cost(run.key, True, (0, 0), (0, 0)))
             continue
-        tuned = run.method == ZERO_SHOT or (out / run.key / runs.DELTA).is_file()
+        tuned = run.method == ZERO_SHOT or (out is not None and (out / run.key / runs.DELTA).is_file())
         n = None if tuned else images(run.data, run.subset, run.part, sizes)
         if run.shots is not None and not tuned:
             classes = size_of(run.data, run.subset, run.part, sizes)[1]
@@ -115,7 +116,7 @@ def size_of(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> tuple[i
     """(images, classes) of a slice: the catalog's counts, else those of data on this machine; None if not known."""
     key = (spec, subset, part)
     if key not in sizes:
-        entry = catalog().get(spec)
+        entry = facts_of(spec) if spec in names() else None
         whole = {"fit": "train", "val": "train"}.get(part, part)
         share = {"fit": 0.75, "val": 0.25}.get(part, 1.0)
         if entry is None or (whole not in entry["counts"] and (entry.get("embedded") or on_disk(spec))):
@@ -175,7 +176,7 @@ def timed(call: Callable[[], None]) -> float:
     return (time.monotonic() - begin) / count
 
 
-def estimate(wanted: Sequence[Run], out: Path, device: str, precision: str, as_json: bool) -> str:
+def estimate(wanted: Sequence[Run], out: Path | None, device: str, precision: str, as_json: bool) -> str:
     """The dry run as text: a table, or JSON. Loads the first backbone to time it; without it hours are unknown."""
     found = costs(wanted, out)
     speed, reason = None, ""
