@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from advtune.report.harmonic import harmonic, harmonic_means
 from advtune.results import accuracy, read
 from advtune.study import Study, from_facts, from_flags, plan, run_study, write
 from advtune.study import read as read_toml
-from conftest import write_images
+from conftest import write_clip, write_images
 
 COUNTS = {  # methods zero-shot and tecoa, 2 sets, the default shots, seeds 0 and 1
     "few-shot": 2 * (1 + 6 * 2),
@@ -268,7 +269,20 @@ def test_rows_of_other_settings_are_refused(study, clip_folder, tmp_path):
         replace(rows[0], backbone={**rows[0].backbone, "sha256": "0"}).to_json() + "\n"
     )
     wider = replace(study, methods=("tecoa",), limit=4)
-    assert "another backbone" in run_study(wider, out, extend=True).failed[0].error
+    failed = run_study(wider, out, extend=True).failed
+    assert ["another backbone" in each.error for each in failed] == [True]
+
+
+def test_done_runs_on_another_backbone_are_told(study, tmp_path, clip_folder):
+    out, towers = tmp_path / "out", tmp_path / "clip"
+    shutil.copytree(clip_folder, towers)
+    zero = replace(study, methods=("zero-shot",), backbone=str(towers))
+    run_study(zero, out)
+    write_clip(towers, seed=5)  # other weights, the same name
+    assert not run_study(zero, out).failed  # nothing to do: the backbone is not read
+    outcome = run_study(replace(zero, methods=("zero-shot", "tecoa")), out, extend=True)
+    assert ["another backbone" in each.error for each in outcome.failed] == [True]
+    assert "zero-shot" in outcome.failed[0].key
 
 
 def test_harmonic_means_by_hand(study, images, tmp_path):

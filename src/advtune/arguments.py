@@ -102,9 +102,9 @@ def _study(verbs: Any) -> None:
     p = verbs.add_parser(
         "study",
         help="a protocol of runs: methods, sets, shots, seeds; resumable",
-        description="Tune and evaluate every method on every set, with every number of shots and seed, as a protocol "
-        "says. What is done is skipped, what was interrupted goes on, what fails is reported and does not stop the "
-        "rest.",
+        description="Tune and evaluate every method on every set, with every number of shots and seed, as a protocol\n"
+        "says. What is done is skipped, what was interrupted goes on, what fails is reported and does not\n"
+        "stop the rest.",
         epilog=STUDY,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

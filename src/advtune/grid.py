@@ -98,6 +98,8 @@ def work(
             state = f"failed: {failed[0].error}" if failed else "was done" if skip else "done"
             times = f"{clock(seconds)} so far, about {clock(ahead)} left"
             print(f"[{i + 1}/{len(wanted)}] {run.key}: {state} ({times})", file=sys.stderr, flush=True)
+    told = {each.key for each in outcome.failed}
+    outcome.failed += mixed([run for run in wanted if run.key not in told], out, bench)
     (out / FAILED).unlink(missing_ok=True)
     if outcome.failed:
         write_atomic(out / FAILED, "".join(json.dumps(asdict(each)) + "\n" for each in outcome.failed))
@@ -213,6 +215,20 @@ def check_backbone(run: Run, rows: Sequence[Row], model: VLM, folder: Path) -> N
     sha256 = tower["backbone"]["sha256"] if tower else model.origin.sha256
     if any(row.backbone["sha256"] != sha256 for row in rows):
         raise UserError(f"{folder}: its rows were made on another backbone; remove it or choose another --out")
+
+
+def mixed(wanted: Sequence[Run], out: Path, bench: Bench) -> list[Failure]:
+    """The runs whose rows were made on other content than the backbone that the others of this call were made on."""
+    found = []
+    for run in wanted:
+        with suppress(UserError):
+            rows = rows_of(run, out / run.key)
+            if rows and run.backbone in bench.models:
+                try:
+                    check_backbone(run, rows, bench.models[run.backbone], out / run.key)
+                except UserError as error:
+                    found.append(failure(run, "", error, out))
+    return found
 
 
 def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
