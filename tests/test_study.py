@@ -268,7 +268,7 @@ def test_rows_of_other_settings_are_refused(study, clip_folder, tmp_path):
     (out / run.key / runs.RESULTS).write_text(
         replace(rows[0], backbone={**rows[0].backbone, "sha256": "0"}).to_json() + "\n"
     )
-    wider = replace(study, methods=("tecoa",), limit=4)
+    wider = replace(study, methods=("tecoa",), attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
     failed = run_study(wider, out, extend=True).failed
     assert ["another backbone" in each.error for each in failed] == [True]
 
