@@ -6,7 +6,7 @@ import warnings
 import datasets
 import pytest
 
-from advtune.data import Split, load_task
+from advtune.data import Split, load_task, named
 from advtune.data.catalog import catalog, entry, names
 from advtune.data.coop import open_coop
 from advtune.data.fewshot import named_part, select
@@ -185,6 +185,15 @@ def test_a_folder_a_class(name, own_data):
     check_labels(load_task(name), name, {"train": "train", "test": "test"})
 
 
+def test_the_expected_counts_go_without_a_word(monkeypatch):
+    made = hub_copy("cifar10")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr(named, "entry", lambda name: CATALOG[name] | {"counts": {"train": 10, "test": 10, "val": 3}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check_labels(load_task("cifar10"), "cifar10", {"train": "train", "test": "test"})
+
+
 def test_names_are_looked_up_one_table_at_a_time():
     facts = {"classes": ["crane bird", "crane"], "hub_classes": ["crane", "crane2"], "folders": None, "numbered": False,
              "by_index": True}  # fmt: skip
@@ -193,6 +202,8 @@ def test_names_are_looked_up_one_table_at_a_time():
     assert places(["one", "two"], facts, hub=True) == [0, 1]
     assert places(["one", "two"], facts, hub=False) is None
     assert places(["one", "two", "three"], facts, hub=True) is None
+    assert places(["1", "0"], facts, hub=False) is None
+    assert places(["1", "0"], facts | {"numbered": True}, hub=False) == [1, 0]
 
 
 @pytest.mark.parametrize("name", names())
@@ -291,11 +302,16 @@ def test_a_split_file_that_is_not_right_is_one_line(change, match, own_data):
 
 def test_a_split_file_without_its_images_or_damaged(own_data):
     root, _ = write_coop(own_data, "dtd")
+    file = root / "split_zhou_DescribableTextures.json"
+    file.rename(root / "other.json")
+    with pytest.raises(UserError, match="put that file beside them"):
+        load_task("dtd")
+    (root / "other.json").rename(file)
     (root / "images").rename(root / "pictures")
     with pytest.raises(UserError, match="put them in"):
         load_task("dtd")
     (root / "pictures").rename(root / "images")
     for text in ("{", "[" * 100_000, "[]"):
-        (root / "split_zhou_DescribableTextures.json").write_text(text)
+        file.write_text(text)
         with pytest.raises(UserError, match=r"not JSON|has no lists"):
             open_coop(root, CATALOG["dtd"]["coop"], "dtd")

@@ -1,5 +1,6 @@
 """The loop: schedules, run folders, resuming to the same bits, refusing bad input before writing."""
 
+import dataclasses
 import json
 
 import pytest
@@ -77,6 +78,13 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("trained again"))
     again = train.tune("capt", vlm, task, resume=True, **how)
     assert all(torch.equal(v, again.delta()[k]) for k, v in first.delta().items())
+    older = json.loads((tmp_path / "run" / "config.json").read_text())
+    for key in ("subset", "all_classes", "split"):
+        del older["train"][key]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+    train.tune("capt", vlm, task, resume=True, **how)
+    with pytest.raises(UserError, match="other settings"):
+        train.tune("capt", vlm, dataclasses.replace(task, subset="base"), resume=True, **how)
     for other in (dict(shots=1), dict(options={"lam": 2}), dict(seed=1)):
         with pytest.raises(UserError, match="other settings"):
             train.tune("capt", vlm, task, resume=True, **{**how, **other})

@@ -58,8 +58,11 @@ def finish(partial: Path, out: Path) -> None:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what may differ between two sittings of one run."""
+    """A config without what may differ between two sittings of one run; one from before there were subsets is over
+    all classes."""
     plain = json.loads(json.dumps(config))
+    train = {"subset": "all", "all_classes": plain["train"]["classes"]} | plain["train"]
+    plain["train"] = {k: v for k, v in train.items() if k != "split"}  # a name; the images are known by content
     return {k: v for k, v in plain.items() if k not in ("versions", "device")}
 
 

@@ -47,6 +47,8 @@ def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
     for place in (top / name, top / coop["folder"]) if coop else ():
         if (place / coop["split"]).is_file():
             return open_coop(place, coop, name)
+        if coop["images"] and (place / coop["images"]).is_dir() and not shards(place):
+            raise UserError(f"{name}: {place} has CoOp's images but no {coop['split']}; put that file beside them")
     place = top / name
     if not place.is_dir():
         return None
