@@ -10,11 +10,12 @@ Obtained: docs/log.md.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from grid import Cell, work
-
 from advtune.attacks import PGD
+from advtune.grid import work
+from advtune.protocols import Run, Slice
 
 ATTACK = PGD(eps=1 / 255, steps=10)
 SHOTS, EPOCHS = {"cifar10": 16, "caltech101": 12}, {"cifar10": 3, "caltech101": 1}
@@ -43,30 +44,29 @@ RATES = (0.02, 0.1, 0.5)
 TOWER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
-def cell(method: str, label: str, options: dict, data: str, seed: int, rate: float) -> Cell:
-    slug = label.replace(":", "").replace(" ", "_")
-    return Cell(
-        f"choices/{data}/{method}/{slug}/lr{rate:g}/seed{seed}", method, data, (data,), SHOTS[data], seed, EPOCHS[data],
-        {**SHORT, **options, "lr": rate}, attacks=(ATTACK,), part="fit", eval_part="val", limit=200,
+def choice(method: str, label: str, options: dict, data: str, seed: int, rate: float, backbone: str) -> Run:
+    return Run(
+        method, data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=SHOTS[data], seed=seed,
+        epochs=EPOCHS[data], options={**SHORT, **options, "lr": rate}, backbone=backbone,
+        label=f"{method} {label} lr={rate:g}",
     )  # fmt: skip
 
 
-def tower(rate: float) -> Cell:
-    return Cell(
-        f"towers/tecoa/lr{rate:g}", "tecoa", "tinyimagenet", ("tinyimagenet",), epochs=1,
-        options={"lr": rate, "batch_size": 64}, attacks=(ATTACK,), part="fit", eval_part="val",
-        limit=200, train_limit=2000,
+def tower(rate: float, backbone: str) -> Run:
+    return Run(
+        "tecoa", "tinyimagenet", (Slice("tinyimagenet", part="val", limit=200),), (ATTACK,), part="fit", epochs=1,
+        limit=2000, options={"lr": rate, "batch_size": 64}, backbone=backbone, label=f"tecoa lr={rate:g}",
     )  # fmt: skip
 
 
-def cells(stage: str, rate: float, data: list[str], seeds: int, only: list[str] | None = None) -> list[Cell]:
+def runs(stage: str, rate: float, data: list[str], seeds: int, backbone: str, only: list[str] | None) -> list[Run]:
     """Learning rates first, one seed; then, at the rate chosen, each choice with its alternatives."""
     if stage == "towers":
-        return [tower(rate) for rate in TOWER_RATES]
+        return [tower(rate, backbone) for rate in TOWER_RATES]
     if stage == "rates":
-        return [cell(m, "base", {}, d, 0, r) for d in data for m in ("capt", "apd") for r in RATES]
+        return [choice(m, "base", {}, d, 0, r, backbone) for d in data for m in ("capt", "apd") for r in RATES]
     return [
-        cell(method, label, options, d, seed, rate)
+        choice(method, label, options, d, seed, rate, backbone)
         for d in data
         for seed in range(seeds)
         for method, table in (("capt", CAPT), ("apd", APD))
@@ -85,11 +85,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="mini")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args()
-    work(
-        cells(args.stage, args.rate, args.data, args.seeds, args.only),
-        args.backbone,
-        args.out / Path(args.backbone).name,
-    )
+    wanted = runs(args.stage, args.rate, args.data, args.seeds, args.backbone, args.only)
+    outcome = work(wanted, args.out / Path(args.backbone).name)
+    sys.exit(1 if outcome.failed else 0)
 
 
 if __name__ == "__main__":

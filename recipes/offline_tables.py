@@ -12,14 +12,14 @@ Obtained: docs/log.md (the subset). The backbone is a stand-in; these are not nu
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from grid import Cell, work
-
 from advtune.attacks import PGD
+from advtune.grid import work
+from advtune.protocols import Run, Slice
 
 SETS = ("caltech101", "cifar10", "grocery", "tinyimagenet")
 TRANSFER = ("cifar10", "caltech101", "fashion-mnist")
@@ -39,34 +39,33 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def few_shot(
-    labels: list[str], sets: list[str], shots: list[int], seeds: int, eps: list[int], epochs: int, **how: Any
-) -> list[Cell]:
+    labels: list[str], sets: list[str], shots: list[int], seeds: int, eps: list[int], epochs: int, steps: int,
+    limit: int | None, backbone: str,
+) -> list[Run]:  # fmt: skip
     """Every method at every number of shots, tuned and attacked at the same eps."""
     found = []
     for data, n, label in product(sets, eps, labels):
         method, options = METHODS[label]
-        for k, seed in product(shots, range(seeds)) if method != "zero-shot" else [(None, 0)]:
-            name = f"few-shot/{data}/eps{n}/{label}/epochs{epochs}/shots{k}/seed{seed}"
-            cell = Cell(name, method, data, (data,), k, seed, epochs, options, {"eps": n / 255, "step_size": None})
-            found.append(attacked(cell, n, **how))
+        what: dict[str, Any] = {"backbone": backbone, "label": f"{label} eps{n}"}
+        where = (Slice(data, limit=limit),), (PGD(eps=n / 255, steps=steps),)
+        if method == "zero-shot":
+            found.append(Run(method, data, *where, **what))
+            continue
+        what |= {"epochs": epochs, "options": options, "train_attack": {"eps": n / 255, "step_size": None}}
+        found += [Run(method, data, *where, shots=k, seed=seed, **what) for k, seed in product(shots, range(seeds))]
     return found
 
 
-def transfer(labels: list[str], images: int | None, epochs: int, **how: Any) -> list[Cell]:
+def transfer(labels: list[str], images: int | None, epochs: int, steps: int, limit: int | None, backbone: str) -> list:
     """Tuned on tinyimagenet, evaluated on other sets without any tuning."""
-    return [
-        attacked(
-            Cell(
-                f"transfer/{label}/epochs{epochs}/images{images}", METHODS[label][0], "tinyimagenet", TRANSFER,
-                epochs=epochs, options=METHODS[label][1], train_limit=images,
-            ), 1, **how,
-        )
-        for label in labels
-    ]  # fmt: skip
-
-
-def attacked(cell: Cell, eps: int, steps: int, limit: int | None) -> Cell:
-    return replace(cell, attacks=(PGD(eps=eps / 255, steps=steps),), limit=limit)
+    tests = tuple(Slice(data, limit=limit) for data in TRANSFER)
+    found = []
+    for label in labels:
+        method, options = METHODS[label]
+        how = {} if method == "zero-shot" else {"epochs": epochs, "options": options, "limit": images}
+        attacks = (PGD(eps=1 / 255, steps=steps),)
+        found.append(Run(method, "tinyimagenet", tests, attacks, backbone=backbone, label=label, **how))
+    return found
 
 
 def main() -> None:
@@ -79,16 +78,19 @@ def main() -> None:
     args = parser.parse_args()
     few = args.methods or (["zero-shot", "plain-coupled", "capt", "apd"] if args.subset else list(METHODS))
     towers = [label for label in ("zero-shot", "tecoa", "pmg-aft") if label in (args.methods or METHODS)]
-    cells: list[Cell] = []
+    wanted: list[Run] = []
+    how: dict[str, Any] = {"steps": 50, "limit": 500} if args.subset else {"steps": 100, "limit": None}
+    how["backbone"] = args.backbone
     if "few-shot" in args.tables and args.subset:
-        cells += few_shot(few, ["caltech101"], [16], 1, [1], epochs=1, steps=50, limit=500)
+        wanted += few_shot(few, ["caltech101"], [16], 1, [1], epochs=1, **how)
     elif "few-shot" in args.tables:
-        cells += few_shot(few, list(SETS), [1, 4, 16], 3, [1, 4], epochs=20, steps=100, limit=None)
+        wanted += few_shot(few, list(SETS), [1, 4, 16], 3, [1, 4], epochs=20, **how)
     if "transfer" in args.tables and args.subset:
-        cells += transfer(towers, 8000, epochs=1, steps=50, limit=500)
+        wanted += transfer(towers, 8000, epochs=1, **how)
     elif "transfer" in args.tables:
-        cells += transfer(towers, None, epochs=10, steps=100, limit=None)
-    work(cells, args.backbone, args.out / Path(args.backbone).name)
+        wanted += transfer(towers, None, epochs=10, **how)
+    outcome = work(wanted, args.out / Path(args.backbone).name)
+    sys.exit(1 if outcome.failed else 0)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def failure(arguments, capsys):
     return lines[-1]
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["evaluate"], ["report"], ["list"], ["demo"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["train"], ["evaluate"], ["study"], ["report"], ["list"], ["demo"]], ids=str)
 def test_help_does_not_import_torch(arguments):
     code = f"""
 import sys, advtune, advtune.cli

@@ -17,6 +17,25 @@ a first run, offline, on what is in the package:
 your own images (one folder a class) and your own CLIP:
   advtune train tecoa --backbone openai/clip-vit-base-patch32 --data folder:photos --out runs/photos
 """
+STUDY = """\
+examples, offline, on what is in the package:
+  advtune study few-shot --methods zero-shot tecoa --data fashion-mnist-mini --shots 1 4 --seeds 0 1 \\
+      --epochs 2 --limit 100 --eps 1/255 --out runs/few --dry-run      (what would be run, and how long it takes)
+  advtune study runs/few/study.toml --out runs/few                     (goes on, or says that all is done)
+  advtune study base-to-new --methods capt --data fashion-mnist-mini --epochs 2 --out runs/base-new
+
+a study as a file, to keep; flags lie over what it says:
+  protocol = "transfer"            # few-shot, base-to-new, cross-dataset, domain-shift, transfer, eps-curve
+  methods = ["zero-shot", "tecoa"]
+  train_on = "tinyimagenet"
+  data = ["cifar10", "caltech101"]
+  options = { lr = 1e-5 }          # for every method;  [method.tecoa] epochs = 2  for one
+  train_attack = { eps = "1/255" }
+  [[attacks]]                      # several allowed
+  name = "pgd"
+  eps = ["1/255", "4/255"]
+  steps = 100
+"""
 DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
 BACKBONE_HELP = (
     "mini, a folder in Hugging Face CLIP format, a hub id (openai/clip-vit-base-patch32), or a run folder "
@@ -36,6 +55,7 @@ def build() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _train(verbs)
     _evaluate(verbs)
+    _study(verbs)
     _report(verbs)
     _compare(verbs)
     _list(verbs)
@@ -76,6 +96,44 @@ def _evaluate(verbs: Any) -> None:
     p.add_argument("--json", action="store_true", help="print the whole row as JSON")
     _shared(p, "test", "attack's field: -a eps=1/255 -a steps=100; several eps make a curve: -a eps=0,1/255,4/255")
     p.set_defaults(verb="evaluate")
+
+
+def _study(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "study",
+        help="a protocol of runs: methods, sets, shots, seeds; resumable",
+        description="Tune and evaluate every method on every set, with every number of shots and seed, as a protocol\n"
+        "says. What is done is skipped, what was interrupted goes on, what fails is reported and does not\n"
+        "stop the rest.",
+        epilog=STUDY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("study", metavar="PROTOCOL|FILE", help="few-shot, base-to-new, cross-dataset, domain-shift, "
+                   "transfer, eps-curve; or a study file (.toml)")  # fmt: skip
+    p.add_argument("--out", metavar="DIR", help="folder of the study: a run folder for each run")
+    p.add_argument("--methods", nargs="+", metavar="M", help="see `advtune list methods`; zero-shot is run once a set")
+    p.add_argument("--data", nargs="+", metavar="SPEC", help="sets tested on: " + DATA_HELP)
+    p.add_argument("--train-on", metavar="SPEC", help="the set tuned on, where the protocol tests on others")
+    p.add_argument("--shots", nargs="+", metavar="K", help="training images a class, or all (default: the protocol's)")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="S", help="of the training (default 0)")
+    p.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the papers')")
+    p.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
+    p.add_argument("--train-limit", type=int, metavar="N", help="only N training images, class-balanced")
+    p.add_argument("--backbone", metavar="B", help=BACKBONE_HELP + " (default: mini)")
+    p.add_argument("--attack", nargs="+", metavar="NAME", help="of the evaluation; none: clean (default pgd)")
+    p.add_argument("--eps", nargs="+", metavar="N/255", help="of the evaluation (default 1/255; eps-curve: 1 2 4 8)")
+    p.add_argument("-a", dest="attack_options", action="append", metavar="KEY=VALUE",
+                   help="field of each evaluation attack that has it: -a steps=20")  # fmt: skip
+    p.add_argument("-o", dest="options", action="append", metavar="KEY=VALUE",
+                   help="field of every method or its recipe: -o lr=0.01; of one: -o tecoa.lr=0.01")  # fmt: skip
+    p.add_argument("--train-attack", nargs="+", metavar="KEY=VALUE", help="fields of the training attack: eps=4/255")
+    p.add_argument("--extend", action="store_true", help="let this study take another's place in DIR; runs stay")
+    p.add_argument("--dry-run", action="store_true", help="print the runs and what they cost; writes nothing")
+    p.add_argument("--json", action="store_true", help="print the rows (with --dry-run: the runs) as JSON")
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
+    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    p.set_defaults(verb="study")
 
 
 def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from advtune.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 when done, 2 on bad input (one line on stderr), 130 when interrupted."""
+    """Run one verb; 0 when done, 1 when a run of a study failed, 2 on bad input (one line on stderr), 130 when
+    interrupted."""
     args = build().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        VERBS[args.verb](args)
+        return VERBS[args.verb](args) or 0
     except UserError as error:
         print(f"advtune: error: {error}", file=sys.stderr)
         return 2
@@ -29,13 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"advtune: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "advtune: interrupted; tuning goes on with --resume, evaluation by the same command",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        way = str(stop) or "tuning goes on with --resume, evaluation by the same command"
+        print(f"advtune: interrupted; {way}", file=sys.stderr)
         return 130
-    return 0
 
 
 def train(args: argparse.Namespace) -> None:
@@ -168,6 +167,33 @@ def remarks(rows: Sequence[Any]) -> list[str]:
     return [f"note: {note}" for note in dict.fromkeys(notes)]
 
 
+def study(args: argparse.Namespace) -> int:
+    from advtune.study import FILE, from_flags, plan, run_study
+
+    asked = from_flags(vars(args))
+    if args.dry_run:
+        from advtune.cost import estimate
+
+        print(estimate(plan(asked), Path(args.out) if args.out else None, args.device, args.precision, args.json))
+        return 0
+    if not args.out:
+        raise UserError("study: --out DIR is missing: the folder that gets the runs (--dry-run needs none)")
+    outcome = run_study(
+        asked, args.out, extend=args.extend, device=args.device, precision=args.precision, batch_size=args.batch_size
+    )
+    if args.json:
+        print("\n".join(row.to_json() for row in outcome.rows))
+    elif outcome.rows:
+        from advtune.report import render
+
+        text = re.sub(r"\n*<details>.*?</details>", "", render(outcome.rows, "markdown"), flags=re.DOTALL)
+        print(f"{text}\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
+    again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out])
+    if outcome.failed:
+        print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)
+    return 1 if outcome.failed else 0
+
+
 def report(args: argparse.Namespace) -> None:
     from advtune.report import render, render_against
     from advtune.results import read, write_atomic
@@ -217,7 +243,10 @@ def demo(args: argparse.Namespace) -> None:
     run(Path(args.out), args.seed)
 
 
-VERBS = {"train": train, "evaluate": evaluate, "report": report, "compare": compare, "list": list_, "demo": demo}
+VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "train": train, "evaluate": evaluate, "study": study, "report": report, "compare": compare, "list": list_,
+    "demo": demo,
+}  # fmt: skip
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

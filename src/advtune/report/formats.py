@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from advtune.errors import UserError
+from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.table import BLIND, flat, pixels, sections, shown, slice_name, table
 from advtune.results import Row
 
@@ -45,7 +46,7 @@ def render(rows: Sequence[Row], format: str) -> str:
     writers = {"markdown": _markdown, "csv": csv_text, "latex": _latex, "json": json_text}
     if format not in writers:
         raise UserError(f"no report format {format!r}; choose from {', '.join(writers)}")
-    return writers[format](table(rows))
+    return writers[format](table(rows)) + _harmonic(rows, format)
 
 
 def heading(section: Sequence[Line]) -> str:
@@ -166,6 +167,25 @@ def _markdown(lines: Sequence[Line]) -> str:
         blocks += [escape(note) for note in footnotes(section)]
         blocks.append(_settings(section))
     return "\n\n".join([*blocks, escape(CAPTION)]) + "\n"
+
+
+def _harmonic(rows: Sequence[Row], format: str) -> str:
+    """Where base and new classes of a run were evaluated: their harmonic means, below the tables for people."""
+    lines = harmonic_means(rows)
+    if not lines or format not in ("markdown", "latex"):
+        return ""
+    header, *body = harmonic_table(lines)
+    title = "Harmonic means of base and new classes"
+    note = "H = 2ab / (a + b) in %, for each seed, then averaged; ±: sample standard deviation over the seeds."
+    if format == "markdown":
+        rule = ["---"] * 6 + ["---:"] * (len(header) - 6)
+        grid = [[escape(cell) for cell in header], rule, *([escape(cell) for cell in line] for line in body)]
+        rest = "\n".join(f"| {' | '.join(cells)} |" for cells in grid)
+        return f"\n### {title}\n\n{rest}\n\n{note}\n"
+    rows_ = [" & ".join(map(tex, line)) + r" \\" for line in (header, *body)]
+    top = [rf"\noindent\textbf{{{title}}}\par", rf"\noindent\begin{{tabular}}{{{'l' * 6 + 'r' * (len(header) - 6)}}}"]
+    foot = [r"\end{tabular}\par", rf"\noindent{{\footnotesize {tex(note)}\par}}"]
+    return "\n" + "\n".join([*top, r"\hline", rows_[0], r"\hline", *rows_[1:], r"\hline", *foot]) + "\n"
 
 
 def _settings(section: Sequence[Line]) -> str:

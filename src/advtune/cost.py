@@ -1,0 +1,234 @@
+"""What a list of runs will cost: images through the backbone, counted from the plan, and a second of timing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advtune import runs
+from advtune.data import load_task
+from advtune.data.catalog import entry as facts_of
+from advtune.data.catalog import names
+from advtune.errors import UserError
+from advtune.grid import Todo, clock, missing, rows_of
+from advtune.methods import configure
+from advtune.protocols import ZERO_SHOT, Run
+from advtune.rows import attack_facts
+from advtune.vlm import VLM
+
+TYPICAL = 3  # evaluation: the worst case is that every image withstands everything; a third of it is typical
+SECONDS = 0.5  # of timing, for each of forward and gradient
+PARTS = {"train": 0.8, "test": 0.2}  # of a set that is one part
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Images that go forward and images whose gradient is taken, training and evaluation (worst case); None where
+    the number of images is not known. done: nothing is left of the run."""
+
+    key: str
+    done: bool
+    train: tuple[float, float] | None
+    evaluate: tuple[float, float] | None
+
+    def hours(self, pace: tuple[float, float] | None, typical: bool = False) -> float | None:
+        """Hours at so many seconds an image (forward, gradient); None where something is not known."""
+        if pace is None or self.train is None or self.evaluate is None:
+            return None
+        share = 1 / TYPICAL if typical else 1.0
+        return sum(p * (t + share * e) for p, t, e in zip(pace, self.train, self.evaluate, strict=True)) / 3600
+
+
+def costs(wanted: Sequence[Run], out: Path | None) -> list[Cost]:
+    """What is left of each run under OUT: nothing for one that is done, no training for one that is tuned."""
+    sizes: dict[Any, tuple[int | None, int | None]] = {}
+    found = []
+    for run in wanted:
+        todo = missing(run, [] if out is None else rows_of(run, out / run.key))
+        if not todo:
+            found.append(Cost(run.key, True, (0, 0), (0, 0)))
+            continue
+        tuned = run.method == ZERO_SHOT or (out is not None and (out / run.key / runs.DELTA).is_file())
+        n = None if tuned else images(run.data, run.subset, run.part, sizes)
+        if run.shots is not None and not tuned:
+            classes = size_of(run.data, run.subset, run.part, sizes)[1]
+            n = None if classes is None else run.shots * classes
+        n = n if n is None or run.limit is None else min(n, run.limit)
+        train = (0.0, 0.0) if tuned else None if n is None else training(run, n)
+        found.append(Cost(run.key, False, train, evaluation(todo, sizes)))
+    return found
+
+
+def training(run: Run, n: int) -> tuple[float, float]:
+    """(forwards, gradients) of tuning on n images: the attack's steps, then the adversarial and the clean image.
+
+    A method with a second model or a text tower that learns costs more.
+    """
+    epochs = {} if run.epochs is None else {"epochs": run.epochs}
+    method, recipe, attack = configure(run.method, {**run.options, **epochs}, run.train_attack)
+    passes = n * recipe.epochs * getattr(method, "cycles", 1)
+    forwards, gradients = attacked(attack) if attack.eps else (0.0, 0.0)
+    return passes * forwards, passes * (gradients + 2)
+
+
+def evaluation(todo: Todo, sizes: dict[Any, Any]) -> tuple[float, float] | None:
+    """(forwards, gradients) of the evaluations, were every image to withstand everything; None if a size is not
+    known."""
+    total = [0.0, 0.0]
+    for test, attacks in todo:
+        n = images(test.data, test.subset, test.part, sizes)
+        n = test.limit if n is None else n if test.limit is None else min(n, test.limit)
+        if n is None:
+            return None
+        total[0] += n
+        for attack in attacks:
+            for i, amount in enumerate((0, 0) if attack is None else attacked(attack)):
+                total[i] += n * amount
+    return total[0], total[1]
+
+
+def attacked(attack: Any) -> tuple[float, float]:
+    """(forwards, gradients) that an attack takes for an image that withstands it."""
+    if hasattr(attack, "stages"):
+        each = [attacked(stage) for stage in attack.stages()]
+        return sum(f for f, _ in each), sum(g for _, g in each)
+    if hasattr(attack, "queries") or hasattr(attack, "draws"):
+        return float(getattr(attack, "queries", 0) or attack.draws), 0.0
+    targets = getattr(attack, "targets", 1) if getattr(attack, "loss", "dlr-targeted") == "dlr-targeted" else 1
+    factors = [getattr(attack, name, 1) for name in ("steps", "restarts", "eot", "searches")]
+    return 1.0, float(math.prod([*factors, targets]))
+
+
+def images(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> int | None:
+    """The number of images of a slice, or None if it cannot be known without fetching the data."""
+    return size_of(spec, subset, part, sizes)[0]
+
+
+def size_of(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> tuple[int | None, int | None]:
+    """(images, classes) of a slice: the catalog's counts, else those of data on this machine; None if not known."""
+    key = (spec, subset, part)
+    if key not in sizes:
+        entry = facts_of(spec) if spec in names() else None
+        whole = {"fit": "train", "val": "train"}.get(part, part)
+        share = {"fit": 0.75, "val": 0.25}.get(part, 1.0)
+        if entry is None or (whole not in entry["counts"] and (entry.get("embedded") or on_disk(spec))):
+            n, classes = opened(spec, subset, whole)
+        else:
+            n, every = entry["counts"].get(whole), len(entry["classes"])
+            classes = {"all": every, "base": (every + 1) // 2, "new": every // 2}[subset]
+            n = None if n is None else round(n * classes / every)
+        sizes[key] = (None if n is None else round(share * n), classes)
+    found: tuple[int | None, int | None] = sizes[key]
+    return found
+
+
+def on_disk(name: str) -> bool:
+    folder = os.environ.get("ADVTUNE_DATA")
+    return bool(folder) and (Path(str(folder)).expanduser() / name).is_dir()
+
+
+def opened(spec: str, subset: str, part: str) -> tuple[int | None, int | None]:
+    """(images, classes) of a source on this machine; the hub is not asked."""
+    if spec.startswith("hf:"):
+        return None, None
+    try:
+        task = load_task(spec, subset=subset)
+    except UserError:
+        return None, None
+    if "all" in task.parts:
+        return round(PARTS.get(part, 1) * len(task.parts["all"])), len(task.classes)
+    return (len(task.parts[part]) if part in task.parts else None), len(task.classes)
+
+
+def pace(model: VLM) -> tuple[float, float]:
+    """Seconds an image of a forward and of a gradient by the image, on the model's device; takes about a second."""
+    size = 64 if model.device.type == "cuda" else 8
+    x = torch.rand(size, 3, model.side, model.side, device=model.device)
+    with torch.no_grad():
+        f = model.classifier(model.tokens(["cat", "dog"], "a photo of a {}."))
+
+    def forward() -> None:
+        with torch.no_grad():
+            f(x).sum().item()
+
+    def gradient() -> None:
+        z = x.clone().requires_grad_(True)
+        torch.autograd.grad(f(z).float().sum(), z)[0].sum().item()
+
+    return timed(forward) / size, timed(gradient) / size
+
+
+def timed(call: Callable[[], None]) -> float:
+    """Seconds of one call, after one that is not counted."""
+    call()
+    begin, count = time.monotonic(), 0
+    while time.monotonic() - begin < SECONDS or count == 0:
+        call()
+        count += 1
+    return (time.monotonic() - begin) / count
+
+
+def estimate(wanted: Sequence[Run], out: Path | None, device: str, precision: str, as_json: bool) -> str:
+    """The dry run as text: a table, or JSON. Loads the first backbone to time it; without it hours are unknown."""
+    found = costs(wanted, out)
+    speed, reason = None, ""
+    try:
+        if not all(each.done for each in found):
+            speed = pace(runs.load(wanted[0].backbone, device, precision))
+    except UserError as error:
+        reason = f"No timing: {error}"
+    if as_json:
+        facts = [
+            {"key": cost.key, "done": cost.done, "train": cost.train, "evaluate": cost.evaluate,
+             "tests": [asdict(test) for test in run.tests],
+             "attacks": [None if attack is None else attack_facts(attack) for attack in run.attacks],
+             "hours": cost.hours(speed), "hours_typical": cost.hours(speed, True), **run.settings()}
+            for run, cost in zip(wanted, found, strict=True)
+        ]  # fmt: skip
+        return json.dumps(facts, indent=1)
+    return drawn(found, speed, reason)
+
+
+def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str) -> str:
+    """The costs as a table with sums and what they mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table("Run", "State", "Train", "Evaluate", "Worst case", "Typical")
+    for cost in found:
+        both = [cost.hours(speed), cost.hours(speed, True)]
+        state = "done" if cost.done else "to do"
+        grid.add_row(cost.key, state, thousands(cost.train), thousands(cost.evaluate), *map(number, both))
+    left = [cost for cost in found if not cost.done]
+    lines = [f"{len(found)} runs, {len(found) - len(left)} done. Nothing was written."]
+    for typical, words in ((False, "worst case"), (True, "typical case")):
+        known = [hours for cost in left if (hours := cost.hours(speed, typical)) is not None]
+        unknown = f"; {len(left) - len(known)} runs unknown" if len(known) < len(left) else ""
+        lines.append(f"{words}: {number(sum(known) if known or not left else None)}{unknown}")
+    lines += [
+        "Train, Evaluate: thousands of images through the backbone, forwards + gradients. Worst case: every image",
+        f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Second models and text towers",
+        "that learn are not counted.",
+    ]
+    if speed:
+        lines.append(f"Timed here: {1e3 * speed[0]:.2f} ms a forward, {1e3 * speed[1]:.2f} ms a gradient, an image.")
+    console = Console(width=max(120, Console().width))
+    with console.capture() as text:
+        console.print(grid)
+    return "\n".join([text.get().rstrip(), *lines, *([reason] if reason else [])])
+
+
+def thousands(amount: tuple[float, float] | None) -> str:
+    return "unknown" if amount is None else " + ".join(f"{each / 1000:.3g}" for each in amount)
+
+
+def number(hours: float | None) -> str:
+    return "unknown" if hours is None else clock(3600 * hours)

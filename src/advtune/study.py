@@ -1,0 +1,292 @@
+"""A study: methods, sets, shots and seeds of a protocol, from flags, a TOML file or Python; run, skipped, resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from advtune.attacks import ATTACKS
+from advtune.errors import UserError
+from advtune.grid import Outcome, work
+from advtune.methods import METHODS
+from advtune.options import as_options, fill
+from advtune.protocols import NEEDS_DATA, PROTOCOLS, Run
+from advtune.results import write_atomic
+
+FILE = "study.toml"
+ATTACK: dict[str, Any] = {"name": "pgd", "eps": "1/255", "steps": 100}
+CURVE = ["1/255", "2/255", "4/255", "8/255"]
+LISTS = {"methods": str, "data": str, "shots": int, "seeds": int}
+SINGLE = {
+    "protocol": str, "train_on": str, "backbone": str, "paper": str, "table": str,
+    "epochs": int, "limit": int, "train_limit": int, "attack_seed": int,
+}  # fmt: skip
+TABLES = ("options", "method", "train_attack")
+LEAST = {"shots": 1, "seeds": 0, "epochs": 1, "limit": 1, "train_limit": 1, "attack_seed": 0}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be tuned and tested, and how; empty means what the protocol or the method has as its default.
+
+    methods, data: names of `advtune list`, or data specs. train_on: the set tuned on, where others are tested.
+    shots: numbers of images a class, or "all". seeds: of the training. limit, train_limit: so many test and training
+    images. options: method and recipe fields for every method, `method[NAME]` for one; train_attack: fields of the
+    training attack. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none: clean alone.
+    paper, table: what it reproduces. Raises UserError, one line, for what is unknown, missing or of the wrong type.
+    """
+
+    protocol: str
+    methods: tuple[str, ...]
+    data: tuple[str, ...] = ()
+    shots: tuple[int | str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    train_on: str = ""
+    backbone: str = "mini"
+    epochs: int | None = None
+    limit: int | None = None
+    train_limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    train_attack: Mapping[str, Any] = field(default_factory=dict)
+    attacks: tuple[Mapping[str, Any], ...] = ()
+    attack_seed: int = 0
+    paper: str = ""
+    table: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (*LISTS, "attacks"):  # a list from TOML or Python is kept as a tuple
+            object.__setattr__(self, name, tuple(listed(getattr(self, name), name)))
+        check(self)
+
+    def evaluation(self) -> tuple[Any, ...]:
+        """The attacks that are evaluated, one for each eps, ascending within a name; (None,) is clean alone."""
+        found: list[Any] = []
+        default = ATTACK | ({"eps": CURVE} if self.protocol == "eps-curve" else {})
+        for facts in self.attacks or (default,):
+            found += attacks_of(facts)
+        if len({repr(attack) for attack in found}) < len(found):
+            raise UserError("study: the attacks name the same thing twice; give each eps once")
+        return tuple(found)
+
+
+def attacks_of(facts: Mapping[str, Any]) -> list[Any]:
+    """The attacks of one entry: {"name": "pgd", "eps": ["1/255", "4/255"], "steps": 100}."""
+    if not isinstance(facts, Mapping) or "name" not in facts:
+        raise UserError('study: an attack is a table with a name: [[attacks]] name = "pgd"')
+    name, rest = facts["name"], {key: value for key, value in facts.items() if key not in ("name", "eps")}
+    if name in (None, "none"):
+        if len(facts) > 1:
+            raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
+        return [None]
+    if name not in ATTACKS:
+        raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
+    radii = facts.get("eps", [{}])
+    each = radii if isinstance(radii, (list, tuple)) else [radii]
+    filled = [fill(ATTACKS[name], rest | ({} if eps == {} else {"eps": eps}), f"attack {name}") for eps in each]
+    if not filled:
+        raise UserError(f"study: attack {name}: eps has no value; give one, as 1/255")
+    return sorted(filled, key=lambda attack: attack.eps)
+
+
+def check(study: Study) -> None:
+    """Raises UserError, one line, for what cannot be planned."""
+    if study.protocol not in PROTOCOLS:
+        raise UserError(f"study: unknown protocol {study.protocol!r}; {near(study.protocol, PROTOCOLS)}")
+    for name, kind in LISTS.items():
+        values = getattr(study, name)
+        for value in values:
+            if not (name == "shots" and value == "all"):
+                one_of_kind(value, kind, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"study: {name} names {max(values, key=values.count)} twice; give it once")
+    for name, kind in SINGLE.items():
+        if getattr(study, name) is not None:
+            one_of_kind(getattr(study, name), kind, name)
+    for name in TABLES:
+        if not isinstance(getattr(study, name), Mapping):
+            raise UserError(f"study: {name} is a table: [{name}]")
+    for name, value in study.method.items():
+        if not isinstance(value, Mapping):
+            raise UserError(f"study: method: {name} is a table: [method.{name}]")
+    if not study.methods:
+        raise UserError('study: no method; give some: methods = ["zero-shot", "tecoa"]')
+    if not study.seeds:
+        raise UserError("study: no seed; give some: seeds = [0, 1, 2]")
+    for method in (*study.methods, *study.method):
+        if method not in METHODS:
+            raise UserError(f"study: unknown method {method!r}; {near(method, METHODS)}")
+    if idle := [method for method in study.method if method not in study.methods]:
+        raise UserError(f"study: options for {idle[0]}, which is not among the methods; add it or remove them")
+    if study.protocol in NEEDS_DATA and not study.data:
+        raise UserError(f'study: {study.protocol} needs data: data = ["cifar10"]; see: advtune list data')
+    if study.protocol in NEEDS_DATA and study.train_on:
+        raise UserError(f"study: {study.protocol} tunes on each set of data; leave train_on out")
+    if study.protocol == "eps-curve" and len(study.attacks) > 1:
+        raise UserError("study: eps-curve takes one attack with several eps; make a study for each attack")
+    if study.protocol == "eps-curve" and None in study.evaluation():
+        raise UserError('study: eps-curve needs an attack: [[attacks]] name = "pgd" eps = ["1/255", "4/255"]')
+
+
+def listed(value: Any, name: str) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"study: {name} is a list: {name} = [{json.dumps(value, default=str)}]")
+    return value
+
+
+def one_of_kind(value: Any, kind: Any, name: str) -> None:
+    """Raises UserError unless the value is a text or a whole number, as its field wants, and not too low."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        words = {str: "a text", int: 'a number from 1, or "all"' if name == "shots" else "a whole number"}[kind]
+        raise UserError(f"study: {name}: {value!r} is not {words}")
+    if name in LEAST and value < LEAST[name]:
+        raise UserError(f"study: {name}: {value} is too low; write {LEAST[name]} or more")
+
+
+def near(word: Any, known: Any) -> str:
+    """A hint at what may have been meant, with what there is."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return (f"did you mean {close[0]}? " if close else "") + f"known: {', '.join(known)}"
+
+
+def from_facts(facts: Mapping[str, Any], what: str = "study") -> Study:
+    """A study from a mapping, as a TOML file has it. Raises UserError for unknown and missing keys."""
+    known = [each.name for each in dataclasses.fields(Study)]
+    for key in facts:
+        if key not in known:
+            raise UserError(f"{what}: no key {key!r}; {near(key, known)}")
+    for key in ("protocol", "methods"):
+        if key not in facts:
+            example = 'protocol = "few-shot"' if key == "protocol" else 'methods = ["zero-shot", "tecoa"]'
+            raise UserError(f"{what}: {key} is missing; write {example}")
+    return Study(**facts)
+
+
+def from_flags(flags: Mapping[str, Any]) -> Study:
+    """A study from the command line: a protocol or a file (`study`), and the flags that lie over it."""
+    place = flags["study"]
+    facts: dict[str, Any] = {"protocol": place} if place in PROTOCOLS else read(place)
+    for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "backbone"):
+        if flags.get(name) is not None:
+            facts[name] = flags[name]
+    if flags.get("shots"):
+        facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
+    if flags.get("train_attack"):
+        facts["train_attack"] = facts.get("train_attack", {}) | pairs(flags["train_attack"], "--train-attack")
+    for key, value in pairs(flags.get("options") or (), "-o").items():
+        method, dot, own = key.partition(".")
+        table = facts.setdefault("method", {}).setdefault(method, {}) if dot else facts.setdefault("options", {})
+        table[own if dot else key] = value
+    attacks = flagged(flags, [dict(each) for each in facts.get("attacks", [])])
+    return from_facts(facts | ({"attacks": attacks} if attacks else {}), place)
+
+
+def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluation attacks of --attack, --eps and -a; without --attack, the file's with the others over them."""
+    names, radii, given = (flags.get(name) for name in ("attack", "eps", "attack_options"))
+    if names:
+        kept = [dict(ATTACK) if name == ATTACK["name"] else {"name": name} for name in names]
+    elif radii or given:
+        kept = kept or [dict(ATTACK)]
+    if radii and all(attack.get("name") in (None, "none") for attack in kept):
+        raise UserError("study: --eps goes with an attack; name it with --attack pgd")
+    options, used = pairs(given or (), "-a"), set()
+    for attack in kept:
+        own = as_options(ATTACKS[attack["name"]]) if attack.get("name") in ATTACKS else {}
+        attack |= {key: value for key, value in options.items() if key in own}
+        used |= set(own)
+        if radii and attack.get("name") not in (None, "none"):
+            attack["eps"] = radii
+    if unused := [key for key in options if key not in used]:
+        names_ = ", ".join(str(attack.get("name")) for attack in kept)
+        raise UserError(f"study: -a {unused[0]}: no attack of {names_} has it; {near(unused[0], sorted(used))}")
+    return kept
+
+
+def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
+    """`key=value` texts as a mapping. Raises UserError for a text that is not one, or a key given twice."""
+    found: dict[str, str] = {}
+    for text in given:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            raise UserError(f"study: {flag} {text}: write key=value")
+        if key in found:
+            raise UserError(f"study: {flag} {key} is given twice; give it once")
+        found[key] = value
+    return found
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The facts of a study file. Raises UserError when it is not there or not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = near(path, PROTOCOLS)
+        raise UserError(f"{path}: neither a protocol nor a file that can be read ({error.strerror}); {hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
+
+
+def write(study: Study) -> str:
+    """The study as TOML that `read` and `from_facts` turn back into it; what is empty is left out."""
+    facts = {each.name: getattr(study, each.name) for each in dataclasses.fields(Study)}
+    return "".join(f"{key} = {toml(value)}\n" for key, value in facts.items() if value not in (None, "", (), {}))
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml(v)}" for k, v in value.items() if v is not None) + " }"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(toml(each) for each in value)}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def plan(study: Study) -> list[Run]:
+    """The runs of a study, in order. Raises UserError for options that do not exist or do not fit."""
+    found = PROTOCOLS[study.protocol](study)
+    for run in found:
+        run.settings()
+    return found
+
+
+def run_study(
+    study: Study, out: str | Path, *, extend: bool = False, device: str = "auto", precision: str = "auto",
+    batch_size: int = 64, show: bool = True,
+) -> Outcome:  # fmt: skip
+    """Do every run of a study that is not done, into OUT/<key>; what came of it, with the rows of the whole study.
+
+    A run that fails is kept in OUT/failed.jsonl and does not stop the rest. OUT/study.toml says what the folder is:
+    another study there is refused, unless `extend` puts this one in its place (what is done stays). Raises UserError
+    for a study that cannot be planned; KeyboardInterrupt says how to go on.
+    """
+    out, wanted = Path(out), plan(study)
+    claim(study, wanted, out, extend)
+    return work(wanted, out, device=device, precision=precision, batch_size=batch_size, show=show)
+
+
+def claim(study: Study, wanted: list[Run], out: Path, extend: bool) -> None:
+    """Write OUT/study.toml. Raises UserError when OUT holds another study and this is not to take its place."""
+    kept = out / FILE
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give --out a folder")
+    if kept.is_file() and not extend:
+        before = from_facts(read(kept), str(kept))
+        if same(plan(before), wanted):
+            return
+        raise UserError(f"{out} holds another study; choose another --out, or put this one in its place with --extend")
+    write_atomic(kept, write(study))
+
+
+def same(some: list[Run], others: list[Run]) -> bool:
+    """Whether two plans ask for the same, whatever the order and however the values were written."""
+    first, second = (
+        sorted(repr((run.key, run.tests, run.attacks, run.curve, run.attack_seed)) for run in plan)
+        for plan in (some, others)
+    )
+    return first == second

@@ -1,0 +1,468 @@
+"""Protocols as lists of runs, and studies that are planned, run, skipped, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+import advtune
+from advtune import cost, grid, runs
+from advtune.attacks import PGD, AutoAttack
+from advtune.cli import main
+from advtune.data.catalog import catalog
+from advtune.errors import UserError
+from advtune.protocols import PROTOCOLS, Run, Slice, slug
+from advtune.report import render
+from advtune.report.harmonic import harmonic, harmonic_means
+from advtune.results import accuracy, read
+from advtune.study import Study, from_facts, from_flags, plan, run_study, write
+from advtune.study import read as read_toml
+from conftest import write_clip, write_images
+
+COUNTS = {  # methods zero-shot and tecoa, 2 sets, the default shots, seeds 0 and 1
+    "few-shot": 2 * (1 + 6 * 2),
+    "base-to-new": 2 * (1 + 2),
+    "cross-dataset": 1 + 2,
+    "domain-shift": 1 + 2,
+    "transfer": 1 + 2,
+    "eps-curve": 2 * (1 + 2),
+}
+QUICK = {"name": "pgd", "eps": "2/255", "steps": 2}
+
+
+def small(protocol="few-shot", **changes):
+    facts = {"methods": ["zero-shot", "tecoa"], "data": ["cifar10", "caltech101"], "seeds": [0, 1]}
+    return Study(protocol, **(facts | changes))
+
+
+@pytest.fixture
+def images(tmp_path):
+    return f"folder:{write_images(tmp_path / 'four', ('red', 'green', 'blue', 'grey'), train=3, test=2)}"
+
+
+@pytest.fixture
+def study(clip_folder, images):
+    """Zero-shot and a short TeCoA on tiny images: two runs."""
+    return Study(
+        "few-shot", ("zero-shot", "tecoa"), (images,), shots=(1,), backbone=str(clip_folder), epochs=1,
+        options={"batch_size": 4}, attacks=(QUICK,),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the runs really do: trainings, attacks, and what is loaded."""
+    found = []
+
+    def counted(name):
+        before = getattr(grid, name)
+
+        def call(*args, **how):
+            found.append(name)
+            return before(*args, **how)
+
+        monkeypatch.setattr(grid, name, call)
+
+    for name in ("tune", "evaluate_all", "load_task"):
+        counted(name)
+    load = runs.load
+    monkeypatch.setattr(runs, "load", lambda *args, **how: (found.append("load"), load(*args, **how))[1])
+    return found
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_plans_have_the_right_runs(protocol):
+    found = plan(small(protocol))
+    assert len(found) == COUNTS[protocol]
+    assert len({run.key for run in found}) == len(found)
+    zero = [run for run in found if run.method == "zero-shot"]
+    assert len(zero) == (2 if protocol in ("few-shot", "base-to-new", "eps-curve") else 1)
+    assert all(run.shots is None and run.epochs is None for run in zero)
+
+
+def test_what_each_protocol_tunes_and_tests_on():
+    few = [run for run in plan(small()) if run.method == "tecoa"]
+    assert [run.shots for run in few[::2][:6]] == [1, 2, 4, 8, 16, None]
+    assert all(run.tests == (Slice(run.data),) for run in few)
+    base = plan(small("base-to-new", limit=9))[-1]
+    assert (base.data, base.subset, base.shots, base.seed) == ("caltech101", "base", 16, 1)
+    assert base.tests == (Slice("caltech101", "base", limit=9), Slice("caltech101", "new", limit=9))
+    cross = plan(small("cross-dataset"))[-1]
+    assert (cross.data, cross.shots) == ("imagenet", 16)
+    assert [test.data for test in cross.tests] == ["imagenet", "cifar10", "caltech101"]
+    shift = plan(small("domain-shift", data=[]))[-1]
+    names = ["imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch"]
+    assert [test.data for test in shift.tests] == names
+    moved = plan(small("transfer", train_on="cifar10", train_limit=50))[-1]
+    assert (moved.data, moved.shots, moved.limit) == ("cifar10", None, 50)
+    assert [test.data for test in moved.tests] == ["cifar10", "caltech101"]
+    curve = plan(small("eps-curve"))[-1]
+    assert curve.curve
+    assert [attack.eps * 255 for attack in curve.attacks] == [1, 2, 4, 8]
+
+
+def test_a_key_changes_with_all_that_decides_the_model():
+    run = Run("capt", "cifar10", (Slice("cifar10"),), (PGD(),), shots=4)
+    changes = {
+        "method": "apd", "data": "caltech101", "subset": "base", "part": "fit", "shots": 8, "seed": 1, "epochs": 3,
+        "limit": 7, "options": {"lam": 7.0}, "train_attack": {"eps": "8/255"}, "backbone": "other",
+    }  # fmt: skip
+    keys = [run.key, *(replace(run, **{name: value}).key for name, value in changes.items())]
+    assert len({key.rpartition("-")[2] for key in keys}) == len(changes) + 1  # the hashes, not the words
+    assert run.key.startswith("cifar10/capt/4shots-seed0-")
+    same = replace(run, tests=(Slice("caltech101"),), attacks=(PGD(eps=4 / 255),), options={"prompt_length": "4"})
+    written = replace(run, options={"prompt_length": 4})
+    assert same.key == written.key  # what is evaluated, and how a value is written, do not tune again
+    other = replace(run, data="folder:a/photos").key, replace(run, data="folder:b/photos").key
+    assert other[0].startswith("photos/")
+    assert other[0] != other[1]
+
+
+def test_slugs_are_folders():
+    assert [slug(text) for text in ("folder:/x/my photos", "hf:owner/name", "a/../..", "..", "tecoa lr=0.1")] == [
+        "my-photos", "name", "run", "run", "tecoa-lr=0.1",
+    ]  # fmt: skip
+
+
+def test_options_go_to_every_method_and_to_one():
+    study = small(
+        methods=["tecoa", "capt"], options={"lr": 0.5}, epochs=9, method={"capt": {"lam": 3.0, "epochs": 2}},
+        train_attack={"eps": "8/255"},
+    )  # fmt: skip
+    tecoa, capt = (next(run for run in plan(study) if run.method == name).settings() for name in ("tecoa", "capt"))
+    assert (tecoa["recipe"]["lr"], capt["recipe"]["lr"], capt["options"]["lam"]) == (0.5, 0.5, 3.0)
+    assert (tecoa["recipe"]["epochs"], capt["recipe"]["epochs"]) == (9, 2)
+    assert tecoa["attack"]["eps"] == capt["attack"]["eps"] == 8 / 255
+
+
+def test_a_study_runs_and_is_skipped_when_done(study, calls, tmp_path, capsys):
+    out = tmp_path / "out"
+    outcome = run_study(study, out)
+    assert calls.count("tune") == 1
+    assert calls.count("evaluate_all") == 2
+    assert [row.method for row in outcome.rows] == ["zero-shot", "tecoa"]
+    assert not outcome.failed
+    assert "[2/2]" in capsys.readouterr().err
+    before = files(out)
+    calls.clear()
+    again = run_study(study, out)
+    assert calls == []
+    assert again.skipped == 2
+    assert [row.to_json() for row in again.rows] == [row.to_json() for row in outcome.rows]
+    assert files(out) == before
+    table = render(again.rows, "markdown")
+    assert "tecoa" in table
+    assert "Harmonic" not in table
+
+
+def test_more_attacks_do_not_tune_again(study, calls, tmp_path):
+    out = tmp_path / "out"
+    run_study(study, out)
+    more = replace(study, attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
+    with pytest.raises(UserError, match="holds another study"):
+        run_study(more, out)
+    calls.clear()
+    outcome = run_study(more, out, extend=True)
+    assert calls.count("evaluate_all") == 2  # the new eps, for each run
+    assert [round(row.attack["eps"] * 255) for row in outcome.rows] == [2, 4, 2, 4]
+    assert len(read(*out.rglob("results.jsonl"))) == 4
+    for changed in ({"steps": 3}, {"loss": "margin"}, {"step_size": "1/255"}):
+        run = plan(replace(study, attacks=({**QUICK, **changed},)))[1]
+        assert grid.missing(run, grid.known(run, out / run.key)), changed
+    for changed in (replace(study, limit=3), replace(study, attack_seed=1)):
+        run = plan(changed)[1]
+        assert grid.missing(run, grid.known(run, out / run.key))
+
+
+def test_a_failed_run_does_not_stop_the_rest(study, tmp_path, monkeypatch, capsys):
+    out, tune = tmp_path / "out", grid.tune
+
+    def broken(method, *args, **how):
+        if how["seed"] == 0:
+            raise RuntimeError("out of\nmemory")
+        return tune(method, *args, **how)
+
+    monkeypatch.setattr(grid, "tune", broken)
+    study = replace(study, methods=("tecoa",), seeds=(0, 1))
+    outcome = run_study(study, out)
+    assert [each.error for each in outcome.failed] == ["RuntimeError: out of memory"]
+    assert [row.train["seed"] for row in outcome.rows] == [1]
+    line = json.loads((out / "failed.jsonl").read_text())
+    assert line["key"] == plan(study)[0].key
+    assert "Traceback" in (out / line["traceback"]).read_text()
+    assert "failed: four/tecoa/1shots-seed0" in capsys.readouterr().err
+    monkeypatch.setattr(grid, "tune", tune)
+    assert not run_study(study, out).failed
+    assert not (out / "failed.jsonl").exists()
+
+
+def test_a_set_that_cannot_be_had_does_not_stop_the_others(study, images, tmp_path):
+    study = replace(study, protocol="transfer", train_on=images, data=("folder:nowhere", images), methods=("tecoa",))
+    outcome = run_study(study, tmp_path / "out")
+    assert [each.test for each in outcome.failed] == ["folder:nowhere"]
+    assert [row.data["spec"] for row in outcome.rows] == [images]
+
+
+def test_a_half_done_run_goes_on(study, calls, tmp_path, monkeypatch):
+    out, evaluate_all = tmp_path / "out", grid.evaluate_all
+    study = replace(study, methods=("tecoa",), attacks=({**QUICK, "eps": ["1/255", "2/255"]},))
+    whole = run_study(study, tmp_path / "whole").rows
+
+    def killed(model, task, attacks, **how):
+        if attacks[0].eps > 1.5 / 255:
+            raise KeyboardInterrupt
+        return evaluate_all(model, task, attacks, **how)
+
+    monkeypatch.setattr(grid, "evaluate_all", killed)
+    with pytest.raises(KeyboardInterrupt, match="run 1 of 1; the same command goes on"):
+        run_study(study, out)
+    monkeypatch.setattr(grid, "evaluate_all", evaluate_all)
+    weights = (out / plan(study)[0].key / runs.DELTA).stat().st_mtime_ns
+    calls.clear()
+    rows = run_study(study, out).rows
+    assert calls.count("evaluate_all") == 1
+    assert (out / plan(study)[0].key / runs.DELTA).stat().st_mtime_ns == weights
+    assert [row.flags for row in rows] == [row.flags for row in whole]
+    assert len(read(*out.rglob("results.jsonl"))) == 2
+
+
+def test_a_curve_is_one_evaluation(study, calls, tmp_path):
+    study = replace(
+        study, protocol="eps-curve", methods=("zero-shot",), attacks=({**QUICK, "eps": ["8/255", 0, "2/255"]},)
+    )
+    out = tmp_path / "out"
+    rows = run_study(study, out).rows
+    assert calls.count("evaluate_all") == 1
+    robust = [row.robust["accuracy"] for row in rows]
+    assert robust == sorted(robust, reverse=True)
+    path = out / plan(study)[0].key / runs.RESULTS
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    again = run_study(study, out).rows
+    assert [(row.attack, row.flags) for row in again] == [(row.attack, row.flags) for row in rows]
+    assert len(read(path)) == 3
+
+
+def test_rows_of_other_settings_are_refused(study, clip_folder, tmp_path):
+    out = tmp_path / "out"
+    rows = run_study(replace(study, methods=("tecoa",)), out).rows
+    run = plan(replace(study, methods=("tecoa",)))[0]
+    for changes in (
+        {"options": {"x": 1}},
+        {"recipe": {**rows[0].recipe, "lr": 9.0}},
+        {"train": {**rows[0].train, "attack": {**rows[0].train["attack"], "steps": 9}}},
+        {"train": {**rows[0].train, "seed": 5}},
+        {"method": "capt"},
+    ):
+        assert not grid.tuned_as(replace(rows[0], **changes), run), changes
+    assert grid.tuned_as(rows[0], run)
+    (out / run.key / runs.RESULTS).write_text(replace(rows[0], method="capt").to_json() + "\n")
+    assert "made with other settings" in run_study(replace(study, methods=("tecoa",)), out).failed[0].error
+    (out / run.key / runs.RESULTS).write_text(
+        replace(rows[0], backbone={**rows[0].backbone, "sha256": "0"}).to_json() + "\n"
+    )
+    wider = replace(study, methods=("tecoa",), attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
+    failed = run_study(wider, out, extend=True).failed
+    assert ["another backbone" in each.error for each in failed] == [True]
+
+
+def test_done_runs_on_another_backbone_are_told(study, tmp_path, clip_folder):
+    out, towers = tmp_path / "out", tmp_path / "clip"
+    shutil.copytree(clip_folder, towers)
+    zero = replace(study, methods=("zero-shot",), backbone=str(towers))
+    run_study(zero, out)
+    write_clip(towers, seed=5)  # other weights, the same name
+    assert not run_study(zero, out).failed  # nothing to do: the backbone is not read
+    outcome = run_study(replace(zero, methods=("zero-shot", "tecoa")), out, extend=True)
+    assert ["another backbone" in each.error for each in outcome.failed] == [True]
+    assert "zero-shot" in outcome.failed[0].key
+
+
+def test_harmonic_means_by_hand(study, images, tmp_path):
+    assert harmonic(0.5, 0.25) == pytest.approx(1 / 3)
+    assert harmonic(0.0, 0.0) == 0.0
+    study = replace(study, protocol="base-to-new", methods=("tecoa",), seeds=(0, 1))
+    rows = run_study(study, tmp_path / "out").rows
+    assert [(row.train["subset"], row.data["subset"]) for row in rows] == [("base", "base"), ("base", "new")] * 2
+    flags = [("1100", "1000"), ("1111", "1000"), ("1100", "0000"), ("1000", "1000")]
+    rows = [
+        replace(row, flags={"clean": clean, "robust": robust, "after pgd": robust},
+                clean=accuracy(clean), robust=accuracy(robust))
+        for row, (clean, robust) in zip(rows, flags, strict=True)
+    ]  # fmt: skip
+    (line,) = harmonic_means(rows)
+    # clean: 2 * .5 * 1 / 1.5 = 2/3 and 2 * .5 * .25 / .75 = 1/3; robust: .25 and 0
+    assert line["clean"]["h"] == pytest.approx(0.5)
+    assert line["clean"]["h_sd"] == pytest.approx((2 / 3 - 1 / 3) / 2**0.5)
+    assert (line["clean"]["base"], line["clean"]["new"]) == (0.5, 0.625)
+    assert line["robust"]["h"] == pytest.approx(0.125)
+    assert line["seeds"] == [0, 1]
+    for kind in ("markdown", "latex"):
+        text = render(rows, kind)
+        assert "Harmonic means" in text
+        assert "50.0 ± 23.6" in text or r"50.0 $\pm$ 23.6" in text
+    assert harmonic_means(rows[:1]) == []
+    assert len(harmonic_means([rows[0], rows[3]])) == 0  # base and new of different runs are no pair
+    assert render(rows, "json").startswith("[")
+
+
+REFUSED = {
+    "protocol": ({"protocol": "fewshot"}, "did you mean few-shot?"),
+    "unknown key": ({"method_s": 1}, "did you mean methods?"),
+    "missing": ({"methods": None}, "methods is missing"),
+    "method": ({"methods": ["tecoaa"]}, "did you mean tecoa?"),
+    "not a list": ({"methods": "tecoa"}, 'methods = ["tecoa"]'),
+    "twice": ({"data": ["cifar10", "cifar10"]}, "data names cifar10 twice"),
+    "shots": ({"shots": [0]}, "write 1 or more"),
+    "shots word": ({"shots": ["many"]}, 'a number from 1, or "all"'),
+    "seed": ({"seeds": [-1]}, "write 0 or more"),
+    "seed word": ({"seeds": ["a"]}, "not a whole number"),
+    "no data": ({"data": []}, "needs data"),
+    "limit": ({"limit": 0}, "write 1 or more"),
+    "train_on": ({"train_on": "cifar10"}, "leave train_on out"),
+    "idle": ({"method": {"capt": {"lam": 1.0}}}, "options for capt"),
+    "option": ({"options": {"lrr": 1}}, "did you mean lr?"),
+    "table": ({"options": 3}, "options is a table"),
+    "nested list": ({"methods": [["tecoa"]]}, "is not a text"),
+    "method table": ({"method": {"tecoa": 3}}, "[method.tecoa]"),
+    "attacks": ({"attacks": 3}, "attacks is a list"),
+    "attack": ({"attacks": [{"name": "pdg"}]}, "did you mean pgd?"),
+    "attack name": ({"attacks": [{"eps": 1}]}, "a table with a name"),
+    "attack eps": ({"attacks": [{"name": "pgd", "eps": 4}]}, "write 4/255"),
+    "attack twice": ({"attacks": [QUICK, QUICK]}, "name the same thing twice"),
+    "none with eps": ({"attacks": [{"name": "none", "eps": 0}]}, "clean accuracy alone"),
+    "curve": ({"protocol": "eps-curve", "attacks": [{"name": "none"}]}, "needs an attack"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_study_gets_one_line(name):
+    changes, message = REFUSED[name]
+    facts = {"protocol": "few-shot", "methods": ["tecoa"], "data": ["cifar10"]} | changes
+    facts = {key: value for key, value in facts.items() if value is not None}
+    with pytest.raises(UserError, match=re.escape(message)) as told:
+        plan(from_facts(facts))
+    assert "\n" not in str(told.value)
+
+
+def test_toml_reads_back(tmp_path):
+    study = small(
+        "transfer", train_on="imagenet", shots=[1, "all"], backbone='a "quoted" \\ näme', limit=5, epochs=2,
+        options={"lr": 0.01, "augment": False}, method={"tecoa": {"warmup": 3}}, train_attack={"eps": "1/255"},
+        attacks=[{"name": "pgd", "eps": ["1/255", 0.5], "steps": 3}, {"name": "none"}], paper="fap", table="x",
+    )  # fmt: skip
+    path = tmp_path / "study.toml"
+    path.write_text(write(study), encoding="utf-8")
+    assert from_facts(read_toml(path)) == study
+    path.write_text("methods = [")
+    with pytest.raises(UserError, match="not TOML") as told:
+        read_toml(path)
+    assert "\n" not in str(told.value)
+
+
+def test_flags_lie_over_the_file(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        'protocol = "few-shot"\nmethods = ["tecoa"]\ndata = ["cifar10"]\noptions = { lr = 0.5 }\n'
+        '[[attacks]]\nname = "pgd"\neps = "4/255"\nsteps = 7\n[[attacks]]\nname = "autoattack"\n'
+    )
+    flags = {
+        "study": str(path), "shots": ["2", "all"], "options": ["lr=0.1", "tecoa.warmup=5"],
+        "train_attack": ["steps=4"], "attack_options": ["steps=9"], "eps": ["2/255"],
+    }  # fmt: skip
+    study = from_flags(flags)
+    assert study.shots == (2, "all")
+    assert study.options == {"lr": "0.1"}
+    assert study.method == {"tecoa": {"warmup": "5"}}
+    assert study.evaluation() == (PGD(eps=2 / 255, steps=9), AutoAttack(eps=2 / 255))
+    assert plan(study)[0].settings()["attack"]["steps"] == 4
+    with pytest.raises(UserError, match="no attack of pgd, autoattack has it"):
+        from_flags(flags | {"attack_options": ["queries=1"]})
+    with pytest.raises(UserError, match="--eps goes with an attack"):
+        from_flags(flags | {"attack": ["none"], "attack_options": None})
+    assert from_flags(flags | {"attack": ["none"], "eps": None, "attack_options": None}).evaluation() == (None,)
+
+
+def test_the_verb(images, clip_folder, tmp_path, capsys, calls):
+    out = tmp_path / "out"
+    arguments = ["study", "base-to-new", "--methods", "zero-shot", "tecoa", "--data", images, "--shots", "1"]
+    arguments += ["--backbone", str(clip_folder), "--epochs", "1", "--eps", "2/255", "-a", "steps=2", "--out", str(out)]
+    assert main([*arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 runs, 0 done" in printed
+    assert "worst case" in printed
+    assert "unknown" not in printed
+    assert not out.exists()
+    assert "tune" not in calls
+    assert main([*arguments, "--json"]) == 0
+    assert [json.loads(line)["method"] for line in capsys.readouterr().out.splitlines()] == ["zero-shot"] * 2 + [
+        "tecoa"
+    ] * 2
+    calls.clear()
+    assert main(["study", str(out / "study.toml"), "--out", str(out)]) == 0
+    assert calls == []
+    assert "Harmonic means" in capsys.readouterr().out
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    assert [run["done"] for run in json.loads(capsys.readouterr().out)] == [True, True]
+    assert main([*arguments[:-2], "--dry-run", "--json"]) == 0  # without a folder nothing is done
+    assert [run["done"] for run in json.loads(capsys.readouterr().out)] == [False, False]
+    assert main(arguments[:-2]) == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
+    assert main(["study", "few-shott", "--out", str(out)]) == 2
+    assert "did you mean few-shot" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(study, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "evaluate_all", stop)
+    path = tmp_path / "study.toml"
+    path.write_text(write(study), encoding="utf-8")
+    assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 130
+    assert "interrupted; at run 1 of 2; the same command goes on" in capsys.readouterr().err
+
+
+def test_the_verb_says_what_failed(clip_folder, tmp_path, capsys):
+    arguments = ["study", "few-shot", "--methods", "zero-shot", "--data", "folder:nowhere"]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert main([*arguments, "--backbone", str(clip_folder)]) == 1
+    assert "1 failed; mend what is wrong" in capsys.readouterr().err
+
+
+def test_costs_by_hand(images, tmp_path):
+    attack = PGD(eps=1 / 255, steps=10)
+    run = Run("tecoa", images, (Slice(images),), (attack, None), shots=2, epochs=3)
+    (one,) = cost.costs([run], tmp_path)
+    # 4 classes x 2 shots x 3 epochs, 2 attack steps + adversarial and clean; 4 x 2 test images, 10 steps
+    assert one.train == (24 * 1, 24 * 4)
+    assert one.evaluate == (8 + 8 + 8, 80)
+    assert one.hours((3600.0, 0.0)) == 24 + 24
+    assert one.hours((0.0, 3600.0), typical=True) == pytest.approx(96 + 80 / 3)
+    assert cost.attacked(AutoAttack()) == (3 + 5000, 100 + 900 + 900)
+    (known,) = cost.costs([Run("tecoa", "cifar10", (Slice("cifar10", limit=100),), (None,), subset="base")], tmp_path)
+    assert known.train[1] == 25000 * 10 * 4
+    assert known.evaluate == (100, 0)
+    (few,) = cost.costs([Run("tecoa", "caltech101", (Slice("caltech101"),), (None,), shots=2)], tmp_path)
+    assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 4
+    assert few.evaluate is None  # the catalog has no counts, and the data is not here
+    (unknown,) = cost.costs([replace(run, data="hf:owner/name")], tmp_path)
+    assert unknown.train is None
+    assert unknown.hours((1.0, 1.0)) is None
+
+
+def test_python_can_do_what_the_recipes_do(images, clip_folder, tmp_path):
+    run = Run(
+        "zero-shot", images, (Slice(images, part="train", limit=5),), (None,), backbone=str(clip_folder), label="mine"
+    )
+    outcome = grid.work([run], tmp_path, show=False)
+    assert outcome.rows[0].clean["n"] == 5
+    assert run.key.startswith("four/mine/")
+    assert advtune.load_task(images).classes == ("blue", "green", "grey", "red")
