@@ -65,7 +65,7 @@ def build() -> argparse.ArgumentParser:
 
 def _train(verbs: Any) -> None:
     p = verbs.add_parser("train", help="tune a backbone with a method", description="Tune a backbone with a method.")
-    p.add_argument("method", metavar="METHOD", help="tecoa, pmg-aft, capt, apd; see `advtune list methods`")
+    p.add_argument("method", metavar="METHOD", help="capt, apd, pmg-aft, tecoa, fap, ...: see `advtune list methods`")
     p.add_argument("--out", required=True, metavar="DIR", help="run folder to write")
     p.add_argument("--shots", type=int, metavar="K", help="training images a class (default: all)")
     p.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the paper's)")
@@ -185,8 +185,8 @@ def _list(verbs: Any) -> None:
 def _demo(verbs: Any) -> None:
     p = verbs.add_parser(
         "demo",
-        help="all four methods on the embedded default, in minutes",
-        description="Tune the embedded backbone with every method on the embedded images, attack it, show a table.",
+        help="four methods on the embedded default, in minutes",
+        description="Tune the embedded backbone with TeCoA, PMG-AFT, CAPT and APD, attack it, show a table.",
     )
     p.add_argument("--out", default="runs/demo", metavar="DIR", help="folder to write (default runs/demo)")
     p.add_argument("--seed", type=int, default=0, metavar="S")
