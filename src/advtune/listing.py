@@ -108,13 +108,15 @@ def _show_options(console: Any, fact: dict[str, Any]) -> None:
     for kind, title in (("recipe", "recipe"), ("attack", "training attack")):
         if fact.get(kind) and fact["trains"] != "nothing":
             values = ", ".join(f"{option['name']}={shown(option['name'], option['default'])}" for option in fact[kind])
+            if values.startswith("eps=0,"):
+                values = "none; it tunes on clean images"
             console.print(f"    {title}: {values}", markup=False, soft_wrap=True)
     console.print()
 
 
 def shown(name: str, value: Any) -> str:
     """A default as a user would write it: 1/255, true, none."""
-    if name == "eps":
+    if name in ("eps", "step_size") and value is not None:
         return str(Fraction(value).limit_denominator(2040))
     if isinstance(value, bool) or value is None:
         return str(value).lower()
