@@ -60,7 +60,8 @@ def image(t, config, pixels, prompts=None):
 
 
 def text(t, config, tokens, prompts=None):
-    """Token ids [C, any] padded to the whole context -> [C, D]; prompts overwrite the places after the start."""
+    """Token ids [C, any] padded to the whole context -> [C, D]; prompts [K, P, W], or each text's own
+    [K, C, P, W], overwrite the places after the start."""
     tower, length = config.text, config.context
     padded = torch.full((len(tokens), length), config.end_token)
     padded[:, : tokens.shape[1]] = tokens
@@ -69,9 +70,11 @@ def text(t, config, tokens, prompts=None):
     mask = torch.full((length, length), -torch.inf, dtype=x.dtype).triu(1)
     for i in range(tower.layers):
         if prompts is not None and i < len(prompts):
-            rows = prompts[i] + position[1 : 1 + len(prompts[i])] if i == 0 else prompts[i]
+            own = prompts[i] if prompts[i].dim() == 3 else torch.stack([prompts[i]] * len(x))
+            size = own.shape[1]
+            rows = own + position[1 : 1 + size] if i == 0 else own
             x = x + position if i == 0 else x
-            x = torch.cat([x[:, :1], torch.stack([rows] * len(x)), x[:, 1 + len(rows) :]], 1)
+            x = torch.cat([x[:, :1], rows, x[:, 1 + size :]], 1)
         elif i == 0:
             x = x + position
         x = layer(x, t, f"text_model.encoder.layers.{i}", tower, mask)

@@ -99,14 +99,56 @@ def test_text_cut_equals_whole_context(vlm):
     tensors = {k: v.requires_grad_() for k, v in to_huggingface(clip).items()}
     embed = clip.text.embed.weight.requires_grad_()
     lengths = []
-    clip.text.blocks[0].register_forward_hook(lambda module, args, out: lengths.append(out.shape[1]))
+    clip.text.blocks[0].register_forward_hook(lambda module, args, out: lengths.append(tuple(out.shape[:2])))
     padded = torch.cat([tokens, torch.full((2, 77 - tokens.shape[1]), config.end_token)], 1)
     ours, theirs = clip.encode_text(padded), naive.text(tensors, config, tokens)
-    assert lengths == [tokens.shape[1]]
+    assert sorted(lengths) == [(1, 1), (2, tokens.shape[1] - 1)]  # the start token is computed once
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     mine = torch.autograd.grad(ours.square().sum(), embed)[0]
     other = torch.autograd.grad(theirs.square().sum(), tensors["text_model.embeddings.token_embedding.weight"])[0]
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+TEXTS = {
+    "a long shared beginning": (["a photo of a red dog", "a photo of a red hat", "a photo of a blue thing"], "words"),
+    "none but the start token": (["red", "blue dog", "a"], "words"),
+    "one text": (["a photo of a red dog"], "words"),
+    "the same text twice": (["a photo of a red dog"] * 2, "words"),
+    "the shorter begins the longer": (["a photo of a red dog", "a photo of a red dog and more"], "words"),
+    "deep prompts": (["a photo of a red dog", "a photo of a red hat"], "unified"),
+    "deep prompts before other words": (["x x red", "y y blue dog"], "unified"),
+    "class-specific prompts": (["a photo of a red dog", "a photo of a red hat"], "specific"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_shared_beginning_is_exact_and_computed_once(name, vlm):
+    """Values and gradients of the naive tower that computes every text alone; the tokens that each layer sees."""
+    texts, kind = TEXTS[name]
+    clip, config = vlm.clip.double(), vlm.clip.config
+    tokens = vlm.tokenizer(texts)
+    length, width = tokens.shape[1], config.text.width
+    random = torch.Generator().manual_seed(0)
+    shape = {"words": None, "unified": (2, 2, width), "specific": (2, len(texts), 2, width)}[kind]
+    prompts = shape and torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_()
+    tensors = {k: v.requires_grad_() for k, v in to_huggingface(clip).items()}
+    embed, seen = clip.text.embed.weight.requires_grad_(), []
+    for block in clip.text.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape[:2])))
+    ours, theirs = clip.encode_text(tokens, prompts), naive.text(tensors, config, tokens, prompts)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    same = [len(set(column)) == 1 for column in zip(*tokens.tolist(), strict=True)]
+    same[1:3] = {"words": same[1:3], "unified": [True, True], "specific": [False, False]}[kind]
+    p = min([*same, False].index(False), length - 1)
+    heads, tails = [s for s in seen if s == (1, p)], [s for s in seen if s == (len(texts), length - p)]
+    assert len(tails) >= config.text.layers and len(heads) >= config.text.layers - 1
+    assert set(seen) == {(1, p), (len(texts), length - p)}
+    weight = torch.randn(ours.shape, generator=random, dtype=torch.float64)
+    leaves = [embed, *([prompts] if prompts is not None else [])]
+    others = [tensors["text_model.embeddings.token_embedding.weight"], *leaves[1:]]
+    mine = torch.autograd.grad((ours * weight).sum(), leaves)
+    for own, other in zip(mine, torch.autograd.grad((theirs * weight).sum(), others), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -118,7 +160,7 @@ def test_written_out_attention_equals_the_fused_kernel(dtype, monkeypatch):
     for short in (300, 0):
         monkeypatch.setattr(clip_module, "SHORT", short)
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = clip_module.attend(*leaves, causal=False)
+        out = clip_module.attend(*leaves)
         found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
     for ours, fused in zip(*found, strict=True):
         torch.testing.assert_close(ours, fused, rtol=0, atol=1e-12 if dtype == torch.float64 else 6e-2)

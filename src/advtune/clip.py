@@ -59,19 +59,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: each [B, H, L, d] -> the same shape, by torch's fused kernel.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: q [B, H, Q, d], k and v [B, H, L, d] -> [B, H, Q, d], by torch's fused kernel.
+    mask [.., Q, L]: true where a query may look.
 
     At the few tokens of an image tower on a processor the fused backward is slow: written out, an attack step is
     1.4 times as fast (docs/log.md).
     """
-    if q.device.type == "cpu" and not causal and q.shape[2] <= SHORT:
+    if q.device.type == "cpu" and mask is None and k.shape[2] <= SHORT:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: [B, L, W] -> [B, L, W], or only the first `rows` tokens [B, rows, W]."""
+    """One pre-norm transformer layer: [B, L, W] -> [B, L, W].
+
+    only: the place of the one token of each row that is wanted, [B], or one place for all; then [B, 1, W].
+    past: keys and values of tokens before these, the same for every row: see `memory`.
+    """
 
     def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
@@ -84,20 +89,47 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.mlp, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
-        normed = self.norm1(x)
-        if rows is None:
-            qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))  # [B, L, 3, H, W/H]
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, W/H]
+    def forward(self, x: Tensor, only: Tensor | int | None = None, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        normed, length = self.norm1(x), x.shape[1]
+        if only is None:
+            q, k, v = self.project(normed, 0, 3)
         else:
-            width, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
-            q = F.linear(normed[:, :rows], weight[:width], bias[:width]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            kv = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
-            k, v = kv.permute(2, 0, 3, 1, 4)
-            x = x[:, :rows]
-        mixed = attend(q, k, v, self.causal)
+            x = pick(x, only)
+            q, (k, v) = self.project(pick(normed, only), 0, 1)[0], self.project(normed, 1, 3)
+        before = 0
+        if past is not None:
+            before = past[0].shape[2]
+            k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), t], dim=2) for p, t in zip(past, (k, v), strict=True))
+        mixed = attend(q, k, v, self.mask(length, before, only, x.device))
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+    def memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, H, L, d] of tokens x [1, L, W] that rows of further tokens look back at."""
+        k, v = self.project(self.norm1(x), 1, 3)
+        return k, v
+
+    def project(self, x: Tensor, first: int, stop: int) -> tuple[Tensor, ...]:
+        """Queries (0), keys (1), values (2) of x [B, L, W], those from `first` to `stop`: each [B, H, L, d]."""
+        rows = slice(first * x.shape[2], stop * x.shape[2])
+        found = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        return tuple(found.unflatten(-1, (stop - first, self.heads, -1)).permute(2, 0, 3, 1, 4))
+
+    def mask(self, length: int, before: int, only: Tensor | int | None, device: torch.device) -> Tensor | None:
+        """Which of before + length places a query may look at: [Q, L], or, of one query a row, [B, 1, 1, L]."""
+        if not self.causal:
+            return None
+        places = torch.arange(before + length, device=device)
+        if only is None:
+            return places <= places[before:, None]
+        return places <= before + torch.as_tensor(only, device=device).view(-1, 1, 1, 1)
+
+
+def pick(x: Tensor, place: Tensor | int) -> Tensor:
+    """The token at one place of each row of x [B, L, W]: [B, 1, W]."""
+    if isinstance(place, int):
+        return x[:, place : place + 1]
+    return x[torch.arange(x.shape[0], device=x.device), place][:, None]
 
 
 def overwrite(x: Tensor, prompt: Tensor, start: int) -> Tensor:
@@ -144,7 +176,7 @@ class ImageTower(nn.Module):
             if prompts is not None and 0 < i < prompts.shape[0]:
                 x = overwrite(x, prompts[i], plain)
             last = i == len(self.blocks) - 1 and not dense
-            x = block(x, rows=1 if last else None)  # the class token alone is read
+            x = block(x, only=0 if last else None)  # the class token alone is read
         return self.project(self.norm_post(x[:, 1:plain] if dense else x[:, 0]))
 
 
@@ -170,20 +202,37 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
         """prompts [K, P, W], or a text's own [K, C, P, W], overwrite the P places after the start token: the first
-        among the embeddings (and so with position embeddings), prompt k before layer k."""
+        among the embeddings (and so with position embeddings), prompt k before layer k.
+
+        Under the causal mask two things are exact: nothing after the last end token is computed, and what all texts
+        begin with is computed once.
+        """
         ends = self.ends(tokens)
-        # Nothing after the last end token can reach an answer under the causal mask: cutting is exact.
-        length = int(ends.max()) + 1
-        x = self.embed(tokens[:, :length])
+        tokens = tokens[:, : int(ends.max()) + 1]
+        p = self.shared(tokens, prompts)
+        x = self.embed(tokens)
         if prompts is not None:
             x = overwrite(x, prompts[0], 1)
-        x = x + self.position[:length]
+        x = x + self.position[: tokens.shape[1]]
+        head, tail = x[:1, :p], x[:, p:]
         for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             if prompts is not None and 0 < i < prompts.shape[0]:
-                x = overwrite(x, prompts[i], 1)
-            x = block(x)
-        last = x[torch.arange(x.shape[0], device=x.device), ends]  # [C, W]
-        return self.project(self.norm_post(last))
+                if prompts.dim() == 3:
+                    head = overwrite(head, prompts[i], 1)
+                else:
+                    tail = overwrite(tail, prompts[i], 1 - p)
+            last = i == len(self.blocks) - 1
+            tail = block(tail, ends - p if last else None, block.memory(head))
+            head = head if last else block(head)
+        return self.project(self.norm_post(tail[:, 0]))
+
+    def shared(self, tokens: Tensor, prompts: Tensor | None) -> int:
+        """How many places at the beginning are the same in every text [C, L], at least the start token."""
+        same = (tokens == tokens[:1]).all(dim=0)
+        if prompts is not None:
+            same[1 : 1 + prompts.shape[-2]] = prompts.dim() == 3
+        return min(int(same.int().cumprod(0).sum()), tokens.shape[1] - 1)
 
 
 class CLIP(nn.Module):
