@@ -205,12 +205,12 @@ class TextTower(nn.Module):
         among the embeddings (and so with position embeddings), prompt k before layer k.
 
         Under the causal mask two things are exact: nothing after the last end token is computed, and what all texts
-        begin with is computed once.
+        begin with is computed once. Token ids may stay on the processor: their lengths are asked for there.
         """
         ends = self.ends(tokens)
         tokens = tokens[:, : int(ends.max()) + 1]
-        p = self.shared(tokens, prompts)
-        x = self.embed(tokens)
+        p, device = self.shared(tokens, prompts), self.position.device
+        x, ends = self.embed(tokens.to(device)), ends.to(device)
         if prompts is not None:
             x = overwrite(x, prompts[0], 1)
         x = x + self.position[: tokens.shape[1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,15 +165,15 @@ class VLM(nn.Module):
         return preprocess.resize if isinstance(preprocess.resize, int) else self.clip.config.image_size
 
     def tokens(self, classes: Sequence[str], template: str) -> Tensor:
-        """Token ids [C, L] of the class texts, with room for the learned text prompt. Raises UserError for other
-        classes than those that a class-specific context was learned for."""
+        """Token ids [C, L] of the class texts, with room for the learned text prompt; on the processor, where their
+        lengths are read. Raises UserError for other classes than a class-specific context was learned for."""
         text = self._prompts().text
         if text is not None and text.dim() == 4:
             own = self.run["train"]["classes"] if self.run else classes
             if list(own) != list(classes) or len(own) != text.shape[1]:
                 raise UserError("a class-specific context fits only the classes it was tuned on; tune context=unified")
         room = 0 if text is None else text.shape[-2]
-        return self.tokenizer.prompts(classes, self.template or template, room).to(self.device)
+        return self.tokenizer.prompts(classes, self.template or template, room)
 
     def image_features(self, x: Tensor) -> Tensor:
         """Pixels [B, 3, any, any] in [0, 1] -> unit vectors [B, D]."""
@@ -217,8 +218,11 @@ class VLM(nn.Module):
         return Learned() if self.prompts is None else self.prompts()
 
     def _image(self, x: Tensor, learned: Learned, dense: bool = False) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast(self.precision == "bf16"):
             return self.clip.encode_image(x, learned.image, learned.pad, dense).float()
+
+    def _autocast(self, low: bool) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
 
     def _text(self, tokens: Tensor, prompts: Tensor | None) -> Tensor:
         cache = self._cache
@@ -227,7 +231,7 @@ class VLM(nn.Module):
             return cache.features
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=low):
+        with self._autocast(low):
             features = self.clip.encode_text(tokens, prompts)
         features = F.normalize(features.float(), dim=-1)
         if constant:
