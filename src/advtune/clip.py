@@ -164,7 +164,7 @@ class ImageTower(nn.Module):
     def forward(self, x: Tensor, prompts: Tensor | None = None, dense: bool = False) -> Tensor:
         """prompts [K, P, W]: the first is appended after the patch tokens, before the pre-norm and without a
         position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117).
-        dense: the embeddings of the patches, [B, N, D], in place of the class token's."""
+        dense: the embeddings of the class token and the patches, [B, 1 + N, D]."""
         tokens = self.embed(self.patches(x))  # [B, N, W]
         first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([first, tokens], dim=1) + self.position  # [B, 1 + N, W]
@@ -177,7 +177,7 @@ class ImageTower(nn.Module):
                 x = overwrite(x, prompts[i], plain)
             last = i == len(self.blocks) - 1 and not dense
             x = block(x, only=0 if last else None)  # the class token alone is read
-        return self.project(self.norm_post(x[:, 1:plain] if dense else x[:, 0]))
+        return self.project(self.norm_post(x[:, :plain] if dense else x[:, 0]))
 
 
 class TextTower(nn.Module):
@@ -249,8 +249,8 @@ class CLIP(nn.Module):
     def encode_image(
         self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False
     ) -> Tensor:
-        """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised; dense: of the patches, [B, N, D]. prompts
-        [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels."""
+        """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised; dense: the patches as well, [B, 1 + N, D].
+        prompts [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels."""
         x = self.config.preprocess(x)
         return self.image(x if pad is None else x + pad, prompts, dense)
 

@@ -81,6 +81,7 @@ class Row:
     advtune: str = __version__
     time: str = field(default_factory=now)
     run: str = ""  # name of the run's folder
+    model: str = ""  # sha256 of the weights that were scored, the backbone's and what was learned; old rows have none
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     reconstructed: list[str] = field(default_factory=list)  # options whose value no public source gives

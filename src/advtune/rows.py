@@ -87,6 +87,7 @@ def row(
         flags["robust"] = flag_text(outcome.stands.tolist())
     return Row(
         run=run.get("folder", ""),
+        model=model.origin.sha256,
         method=run.get("method", "zero-shot"),
         options=run.get("options", {}),
         reconstructed=run.get("reconstructed", []),

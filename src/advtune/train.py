@@ -24,6 +24,7 @@ from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
 
 Options = Sequence[str] | Mapping[str, Any]
+KEEP = 2**31  # bytes of prepared answers that are kept
 
 
 @dataclass(frozen=True)
@@ -194,18 +195,22 @@ def fit(
 def prepare(
     plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, show: bool
 ) -> dict[str, Tensor]:
-    """What the method computes once for every training image, [N, ...] by name; the same bits in every sitting."""
+    """What the method computes once for every training image, [N, ...] by name; the same bits in every sitting.
+
+    Nothing when images are augmented, so that they differ from epoch to epoch, or when it would fill KEEP bytes.
+    """
     make = getattr(plan.method, "prepare", None)
-    if make is None:
+    if make is None or plan.recipe.augment:
         return {}
-    if plan.recipe.augment:
-        raise UserError(f"method {plan.name}: what it prepares once does not fit augmented images; set augment=false")
     found: dict[str, list[Tensor]] = {}
     with progress(f"{plan.name}: preparing", len(images.y), "image", show) as advance, torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         for rows in torch.arange(len(images.y)).split(plan.recipe.batch_size):
             x, y = images.batch(rows, plan.backbone.device)
-            for name, value in make(models, Batch(x, y, tokens), plan.attack).items():
+            made = make(models, Batch(x, y, tokens), plan.attack)
+            if not 0 < sum(value.nbytes for value in made.values()) / len(rows) * len(images.y) <= KEEP:
+                return {}
+            for name, value in made.items():
                 found.setdefault(name, []).append(value.detach())
             advance(len(rows))
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -37,7 +37,7 @@ class Origin:
 class Batch:
     """One training batch: images x [B, 3, S, S] in [0, 1], labels y [B], and for every model by name the class
     texts' token ids [C, L]. `cycle` counts the repetitions of the schedule (0 but for two-phase methods). `kept`:
-    these images' rows of what the method prepared before the first step."""
+    these images' rows of what the method prepared before the first step; empty when images are augmented."""
 
     x: Tensor
     y: Tensor
@@ -183,8 +183,9 @@ class VLM(nn.Module):
         """Pixels [B, 3, any, any] in [0, 1] -> embeddings [B, D], not normalised."""
         return self._image(x, self._prompts())
 
-    def patch_embeddings(self, x: Tensor) -> Tensor:
-        """Pixels [B, 3, any, any] in [0, 1] -> embeddings of the patches [B, N, D], not normalised."""
+    def dense_embeddings(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, any, any] in [0, 1] -> embeddings of the class token and the patches [B, 1 + N, D], not
+        normalised."""
         return self._image(x, self._prompts(), dense=True)
 
     def text_features(self, tokens: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Method(Protocol):
 
     Clean training has an attack of eps 0. What only some have: `presets`, named sets of field values, chosen by
     `-o preset=NAME`; `cycles`, how often the schedule is gone through (1; 2 with two phases);
-    `prepare(models, batch, attack) -> {name: Tensor [B, ...]}`, called once for every image: see `Batch.kept`.
+    `prepare(models, batch, attack) -> {name: Tensor [B, ...]}`, what never changes in a run: see `Batch.kept`.
     """
 
     paper: ClassVar[str]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from advtune.attacks import PGD
 from advtune.data import Task
+from advtune.errors import UserError
 from advtune.losses import cross_entropy, kl
 from advtune.options import check, option
 from advtune.recipe import Recipe
@@ -44,7 +45,7 @@ class AdvPT:
         return {"student": frozen.with_context(self.tokens, own, seed), "frozen": frozen}
 
     def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
-        """`e`: the unit embeddings [B, D] of the adversarial images, for all of the training."""
+        """`e`: the unit embeddings [B, D] of the adversarial images."""
         frozen, x = models["frozen"], batch.x
         if self.raised == "ce":
             x_adv = attack(frozen.classifier(batch.tokens["frozen"]), x, batch.y)
@@ -54,5 +55,7 @@ class AdvPT:
         return {"e": frozen.image_features(x_adv)}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
+        if not batch.kept:
+            raise UserError("method advpt: embeddings are made once an image; set augment=false or tune on fewer")
         _, compare = models["student"].towers(batch.tokens["student"])
         return {"ce": cross_entropy(compare(batch.kept["e"]), batch.y).mean()}

@@ -40,7 +40,12 @@ class AGFT:
         return {"student": frozen.with_image_tower(), "frozen": frozen}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
-        student, f0 = (models[name].classifier(batch.tokens[name]) for name in ("student", "frozen"))
-        p = (self.gamma * f0(batch.x).detach()).softmax(-1)
+        student = models["student"].classifier(batch.tokens["student"])
+        p = (batch.kept or self.prepare(models, batch, attack))["p"]
         x_adv = attack(f := lambda x: self.sharpness * student(x), batch.x, p, loss=soft_cross_entropy)
         return {"soft_ce": soft_cross_entropy(f(x_adv), p).mean()}
+
+    def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
+        """`p`: the original's softened answers [B, C] on the clean images."""
+        f0 = models["frozen"].classifier(batch.tokens["frozen"])
+        return {"p": (self.gamma * f0(batch.x).detach()).softmax(-1)}

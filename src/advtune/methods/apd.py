@@ -65,6 +65,12 @@ class APD:
 
         return {"student": prompted(seed), "teacher": frozen if self.teacher == "frozen" else prompted(seed)}
 
+    def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
+        """`t`: the answers [B, C] of a teacher that does not learn."""
+        if self.teacher != "frozen":
+            return {}
+        return {"t": models["teacher"].classifier(batch.tokens["teacher"])(batch.x).detach()}
+
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         x, y = batch.x, batch.y
         t = models["teacher"].classifier(batch.tokens["teacher"])
@@ -74,7 +80,7 @@ class APD:
         x_adv = attack(s, x, y)
         student = s(x_adv)
         with torch.set_grad_enabled(self.teacher == "online"):
-            teacher = t(x)
+            teacher = batch.kept["t"] if batch.kept else t(x)
         terms = {}
         if self.distil:
             terms["distil"] = self.distil * kl(teacher.detach(), student, self.temperature).mean()

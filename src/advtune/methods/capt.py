@@ -72,7 +72,6 @@ class CAPT:
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         x, y = batch.x, batch.y
         f = models["student"].classifier(batch.tokens["student"])
-        f0 = models["frozen"].classifier(batch.tokens["frozen"])
         x_adv = attack(f, x, y)
         adversarial = f(x_adv)
         if self.ce == "adversarial" and not self.lam:
@@ -81,12 +80,16 @@ class CAPT:
         seen = {"clean": [clean], "adversarial": [adversarial], "both": [clean, adversarial]}[self.ce]
         terms = {"ce": torch.stack([cross_entropy(logits, y).mean() for logits in seen]).mean()}
         if self.lam:
-            frozen = f0(x).detach()
+            frozen = (batch.kept or self.prepare(models, batch, attack))["f0"]
             a = self._adaptive(clean.detach(), frozen, y)
             target = clean.detach() if self.detach_clean else clean
             terms["train"] = self.lam * ((1 - a) * self._kl(target, adversarial)).mean()
             terms["frozen"] = self.lam * (a * self._kl(frozen, adversarial)).mean()
         return terms
+
+    def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
+        """`f0`: the frozen model's answers [B, C] on the clean images."""
+        return {"f0": models["frozen"].classifier(batch.tokens["frozen"])(batch.x).detach()}
 
     def _adaptive(self, clean: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
         ce, ce0 = cross_entropy(clean, y), cross_entropy(frozen, y)  # [B]

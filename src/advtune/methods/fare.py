@@ -33,7 +33,11 @@ class FARE:
         return {"student": frozen.with_image_tower(), "frozen": frozen}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
-        phi, phi0 = (models[name].image_embeddings for name in ("student", "frozen"))
-        target = phi0(batch.x).detach()
+        phi = models["student"].image_embeddings
+        target = (batch.kept or self.prepare(models, batch, attack))["e0"]
         x_adv = attack(phi, batch.x, target, loss=squared_l2)
         return {"embedding": squared_l2(phi(x_adv), target).mean()}
+
+    def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
+        """`e0`: the original's embeddings [B, D] of the clean images."""
+        return {"e0": models["frozen"].image_embeddings(batch.x).detach()}
