@@ -115,9 +115,9 @@ def test_presets():
     assert paper == METHODS["pmg-aft"]()
     assert (released.scale, released.statistics, released.reduction) == ("cosine", "imagenet", "sum")
     assert configure("pmg-aft", ["scale=clip", "preset=released"])[0].scale == "clip"  # an option beats the preset
-    for name, preset in (("pmg-aft", "wrong"), ("capt", "paper")):
+    for name, preset in (("pmg-aft", "wrong"), ("capt", "paper"), ("tga-zsr", ["paper"])):
         with pytest.raises(UserError, match="preset"):
-            configure(name, [f"preset={preset}"])
+            configure(name, {"preset": preset})
 
 
 @pytest.mark.parametrize("direction", ["target-first", "adversarial-first"])

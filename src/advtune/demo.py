@@ -1,4 +1,4 @@
-"""The main job on what is in the package: every method against zero-shot, on two cores, in minutes."""
+"""The main job on what is in the package: four methods against zero-shot, on two cores, in minutes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def load_run(folder: Path, device: str, precision: str) -> VLM:
         raise UserError(f"{folder / DELTA}: truncated or damaged ({error}); tune again") from error
     stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["preprocess"].items()}
     model = base.with_delta(delta).with_preprocess(Preprocess(**stored))
-    model.template = config.get("prompt_template", "")
+    model.template, model.classes = config.get("prompt_template", ""), tuple(config.get("prompt_classes", ()))
     return settle(model, base, config, read_json(folder / IMAGES), folder)
 
 

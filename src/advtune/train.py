@@ -71,6 +71,7 @@ class Plan:
             "backbone": runs.backbone_facts(self.backbone, out),
             "preprocess": asdict(models["student"].clip.config.preprocess),
             "prompt_template": models["student"].template,
+            "prompt_classes": list(models["student"].classes),
             "precision": self.backbone.precision,
             "device": runs.device_name(self.backbone.device),
             "versions": runs.versions(),

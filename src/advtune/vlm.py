@@ -74,6 +74,7 @@ class VLM(nn.Module):
         self.precision = "fp32"
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.template = ""  # stands for every data set's, when the learned context takes its place
+        self.classes: tuple[str, ...] = ()  # the only ones that a class-specific context has
         self.run: dict[str, Any] = {}  # how it was tuned; empty for a zero-shot model
         self.folders: frozenset[str] = frozenset()  # the run folders that it stands on
         self.seen: frozenset[str] = frozenset()  # content hashes of the images it was tuned on
@@ -91,11 +92,11 @@ class VLM(nn.Module):
         start = self.clip.text.embed(torch.tensor(words, device=self.device)) if words else None
         return self._prompted(Prompts(self.clip, text, image, depth, coupling, start, seed, pad=pad))
 
-    def with_context(self, length: int, classes: int = 0, seed: int = 0) -> VLM:
+    def with_context(self, length: int, classes: Sequence[str] = (), seed: int = 0) -> VLM:
         """A model with a fresh trainable text context in the template's place, "[v1] ... [vP] name.", for all
         classes or, with `classes`, of each its own (CoOp, arXiv:2109.01134). Raises as `with_prompts`."""
-        model = self._prompted(Prompts(self.clip, length, 0, 1, seed=seed, classes=classes))
-        model.template = CONTEXT
+        model = self._prompted(Prompts(self.clip, length, 0, 1, seed=seed, classes=len(classes)))
+        model.template, model.classes = CONTEXT, tuple(classes)
         return model
 
     def with_fixed(self, learned: Learned) -> VLM:
@@ -121,7 +122,8 @@ class VLM(nn.Module):
 
     def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
         model = VLM(clip, self.tokenizer, self.origin, prompts)
-        model.precision, model.learned, model.template = self.precision, learned, self.template
+        model.precision, model.learned = self.precision, learned
+        model.template, model.classes = self.template, self.classes
         return model
 
     def delta(self) -> dict[str, Tensor]:
@@ -168,10 +170,8 @@ class VLM(nn.Module):
         """Token ids [C, L] of the class texts, with room for the learned text prompt; on the processor, where their
         lengths are read. Raises UserError for other classes than a class-specific context was learned for."""
         text = self._prompts().text
-        if text is not None and text.dim() == 4:
-            own = self.run["train"]["classes"] if self.run else classes
-            if list(own) != list(classes) or len(own) != text.shape[1]:
-                raise UserError("a class-specific context fits only the classes it was tuned on; tune context=unified")
+        if self.classes and tuple(classes) != self.classes:
+            raise UserError("a class-specific context fits only the classes it was tuned on; tune context=unified")
         room = 0 if text is None else text.shape[-2]
         return self.tokenizer.prompts(classes, self.template or template, room)
 

@@ -86,6 +86,8 @@ class PGD:
         x = x.detach()
         if self.eps == 0:
             return x.clone()
+        if loss is not None and self.loss != "ce":
+            raise UserError(f"attack {self.name}: what is raised is given by the caller; leave out loss={self.loss}")
         if y.is_floating_point() and self.leave:
             raise UserError(f"attack {self.name}: nothing is fooled where the target is not a label; early_stop=false")
         target, climb = y, loss or LOSSES[self.loss]

@@ -98,7 +98,7 @@ def configure(
         preset = named[-1].partition("=")[2].strip() if named else None
     if preset is not None:
         presets: Mapping[str, Mapping[str, Any]] = getattr(method, "presets", {})
-        if preset not in presets:
+        if not isinstance(preset, str) or preset not in presets:
             known = ", ".join(presets) or "none"
             raise UserError(f"{what} has no preset {preset!r}; known presets: {known}")
         method = fill(method, presets[preset], what)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from advtune.attacks import PGD
 from advtune.data import Task
-from advtune.errors import UserError
 from advtune.losses import cross_entropy, kl
 from advtune.options import check, option
 from advtune.recipe import Recipe
@@ -19,7 +18,8 @@ from advtune.vlm import VLM, Batch
 
 @dataclass(frozen=True)
 class AdvPT:
-    """AdvPT (arXiv:2311.11261): a learned text context on adversarial image embeddings, made once, before tuning.
+    """AdvPT (arXiv:2311.11261): a learned text context on adversarial image embeddings, made once (augmented images:
+    each time), before tuning.
 
     L = CE(f(e), y), e the frozen model's embedding of x'
 
@@ -35,13 +35,13 @@ class AdvPT:
     paper: ClassVar[str] = "arXiv:2311.11261"
     trains: ClassVar[str] = "text context"
     recipe: ClassVar[Recipe] = Recipe(lr=0.002, warmup_epochs=1, epochs=100, batch_size=32)
-    attack: ClassVar[PGD] = PGD(eps=1 / 255, steps=10, keep="last", early_stop=False)
+    attack: ClassVar[PGD] = PGD(eps=8 / 255, steps=10, step_size=1 / 255, keep="last", early_stop=False)  # as released
 
     def __post_init__(self) -> None:
         check(self, "method advpt")
 
     def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
-        own = len(task.classes) if self.context == "class-specific" else 0
+        own = task.classes if self.context == "class-specific" else ()
         return {"student": frozen.with_context(self.tokens, own, seed), "frozen": frozen}
 
     def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
@@ -55,7 +55,6 @@ class AdvPT:
         return {"e": frozen.image_features(x_adv)}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
-        if not batch.kept:
-            raise UserError("method advpt: embeddings are made once an image; set augment=false or tune on fewer")
         _, compare = models["student"].towers(batch.tokens["student"])
-        return {"ce": cross_entropy(compare(batch.kept["e"]), batch.y).mean()}
+        e = (batch.kept or self.prepare(models, batch, attack))["e"].detach()
+        return {"ce": cross_entropy(compare(e), batch.y).mean()}

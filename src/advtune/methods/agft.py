@@ -30,7 +30,7 @@ class AGFT:
 
     paper: ClassVar[str] = "arXiv:2603.29410"
     trains: ClassVar[str] = "image tower"
-    recipe: ClassVar[Recipe] = Recipe(lr=4e-4, epochs=10, batch_size=256)
+    recipe: ClassVar[Recipe] = Recipe(lr=4e-4, epochs=10, batch_size=128)
     attack: ClassVar[PGD] = PGD2
 
     def __post_init__(self) -> None:

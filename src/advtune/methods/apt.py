@@ -12,6 +12,7 @@ from torch import Tensor
 from advtune.attacks import PGD
 from advtune.attacks.ball import ascent, project, random_point
 from advtune.data import Task
+from advtune.errors import UserError
 from advtune.losses import cross_entropy
 from advtune.options import check, option
 from advtune.prompts import Learned
@@ -46,7 +47,7 @@ class APT:
         check(self, "method apt")
 
     def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
-        own = len(task.classes) if self.context == "class-specific" else 0
+        own = task.classes if self.context == "class-specific" else ()
         student = frozen.with_context(self.tokens, own, seed)
         return {"student": student} | ({"attacker": frozen} if self.attacker == "constant" else {})
 
@@ -62,6 +63,10 @@ class APT:
 
     def _joint(self, model: VLM, batch: Batch, attack: PGD) -> Tensor:
         """x' [B, 3, S, S] by steps on the pixels and on the attacker's context, both uphill."""
+        if attack.loss != "ce" or not attack.random_start or attack.restarts * attack.eot > 1:
+            raise UserError(
+                "method apt: attacker=perturbed climbs cross-entropy, from one random start; set eps and steps"
+            )
         x, context = batch.x, model.delta()["prompts.text"].to(batch.x.device)
         z = random_point(x, attack.eps, attack.norm, torch.rand_like(x))
         for _ in range(attack.steps):

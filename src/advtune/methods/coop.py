@@ -35,7 +35,7 @@ class CoOp:
         check(self, "method coop")
 
     def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
-        own = len(task.classes) if self.context == "class-specific" else 0
+        own = task.classes if self.context == "class-specific" else ()
         return {"student": frozen.with_context(self.tokens, own, seed)}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:

@@ -21,11 +21,13 @@ class IVLP:
     """IVLP, independent vision-language prompting (baseline of MaPLe, arXiv:2210.03117); clean training.
 
     L = CE(f(x), y)
+
+    The depth and the recipe are those of MaPLe's released baseline.
     """
 
     text_tokens: int = option(2, "text prompt tokens", low=0)
     image_tokens: int = option(2, "image prompt tokens", low=0)
-    depth: int = option(9, "layers with prompts; cut to each tower's depth", low=1)
+    depth: int = option(12, "layers with prompts; cut to each tower's depth", low=1)
 
     paper: ClassVar[str] = "arXiv:2210.03117"
     trains: ClassVar[str] = "prompts in both towers"
