@@ -36,6 +36,19 @@ def test_coupling_is_a_linear_map_of_the_other_tower(vlm):
     assert float(prompts.text.grad.abs().sum()) > 0
 
 
+def test_what_is_mapped_to_text_is_what_was_added_to_the_blank_patch(vlm):
+    """The mean position embedding can be so long that a map of it runs away at any learning rate."""
+    with torch.no_grad():
+        vlm.clip.image.position[1:] += 100
+    prompts = Prompts(vlm.clip, 2, 2, 2, "image-to-text", start=vlm.clip.text.embed.weight[:2])
+    text, image, _ = prompts()
+    blank = vlm.clip.image.position[1:].mean(0)
+    torch.testing.assert_close(image[0], prompts.image[0] + blank)
+    torch.testing.assert_close(image[1], prompts.image[1])
+    torch.testing.assert_close(text[0], prompts.image[0] @ prompts.maps.weight[0].T + prompts.maps.bias[0])
+    assert float(text.norm(dim=-1).max()) < 2 * float(vlm.clip.text.embed.weight[:2].norm(dim=-1).max())
+
+
 def test_the_first_text_prompt_starts_from_the_template(vlm):
     learner = vlm.with_prompts("photo of a {}.", 2, 2, 2)
     ids = vlm.tokenizer.pieces("photo of")

@@ -29,10 +29,13 @@ class Prompts(nn.Module):
     independent: both are parameters. text-to-image: the image prompts are a linear map of the text prompts,
     one map a layer; image-to-text: the reverse. Coupled towers have equal P and the depth of the shallower.
     The first text prompt starts as `start` [P, W], the embeddings of a template's first words, when given;
-    the first image prompt as the mean patch position embedding: a patch that shows nothing.
+    the first image prompt as the mean patch position embedding, a patch that shows nothing. What is learned of the
+    image prompts is what is added to that: it can be so long that a map of it would run away (docs/log.md).
     classes: as many contexts of their own, [K, C, P, W] (CoOp, arXiv:2109.01134). pad: width of a frame of pixels
     that is added to the normalised image, for a side of 224 (arXiv:2203.17274).
     """
+
+    blank: Tensor  # [K, 1, W]
 
     def __init__(
         self, clip: CLIP, text: int, image: int, depth: int, coupling: str = "independent",
@@ -66,8 +69,9 @@ class Prompts(nn.Module):
         if text and coupling != "image-to-text":
             self.text = nn.Parameter(words)
         if image and coupling != "text-to-image":
-            patches[0] += blank
             self.image = nn.Parameter(patches)
+            self.register_buffer("blank", torch.zeros(depths[1], 1, len(blank)), persistent=False)
+            self.blank[0] = blank
         if coupling == "text-to-image":
             self.maps = LayerMaps(depths[0], config.text.width, config.image.width, blank, random)
         elif coupling == "image-to-text":
@@ -75,9 +79,10 @@ class Prompts(nn.Module):
         self.frame = Frame(config.image_size, pad) if pad else None
 
     def forward(self) -> Learned:
-        text, image = self.text, self.image
+        text: Tensor | None = self.text
+        image = None if self.image is None else self.image + self.blank
         if self.maps is not None:
-            text, image = (text, self.maps(text)) if text is not None else (self.maps(image), image)
+            text, image = (text, self.maps(text)) if text is not None else (self.maps(self.image), image)
         return Learned(text, image, None if self.frame is None else self.frame())
 
 
