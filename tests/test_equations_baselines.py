@@ -75,12 +75,24 @@ def numbers(*tensors):
     return [t.detach().double().numpy() for t in tensors]
 
 
-@pytest.mark.parametrize("name", ["coop", "vpt", "ivlp", "maple"])
+def test_coop():
+    s = Towers(0)
+    found, live = run("coop", {"student": s})
+    clean, text = numbers(s.clean, s.text)
+    check(found, {"ce": ce(SCALE * unit(clean) @ unit(text).T).mean()})
+    assert gradients(live["ce"], s.text, s.clean, s.adversarial) == [True, False, False]
+
+
+@pytest.mark.parametrize("name", ["vpt", "ivlp", "maple"])
 def test_clean_methods(name):
     s = Fake(0)
     found, live = terms(METHODS[name](), {"student": s})
     check(found, {"ce": ce(s.numpy()[0]).mean()})
     assert gradients(live["ce"], s.clean, s.adversarial) == [True, False]
+
+
+@pytest.mark.parametrize("name", ["coop", "vpt", "ivlp", "maple"])
+def test_clean_methods_attack_nothing(name):
     assert METHODS[name].attack.eps == 0
     with pytest.raises(UserError, match="clean images"):
         configure(name, (), ["eps=1/255"])

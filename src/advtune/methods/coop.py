@@ -38,6 +38,11 @@ class CoOp:
         own = task.classes if self.context == "class-specific" else ()
         return {"student": frozen.with_context(self.tokens, own, seed)}
 
+    def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
+        """`e`: the image features [B, D]; nothing of the image tower learns."""
+        return {"e": models["student"].image_features(batch.x).detach()}
+
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
-        f = models["student"].classifier(batch.tokens["student"])
-        return {"ce": cross_entropy(f(batch.x), batch.y).mean()}
+        _, compare = models["student"].towers(batch.tokens["student"])
+        e = (batch.kept or self.prepare(models, batch, attack))["e"]
+        return {"ce": cross_entropy(compare(e), batch.y).mean()}
