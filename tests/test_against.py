@@ -176,10 +176,49 @@ def test_the_interval_of_one_set_is_wilsons_and_of_more_it_is_narrower(paper) ->
     assert three["clean_low"] == pytest.approx(low) and three["clean_high"] < one["clean_high"]
 
 
-def test_other_sets_stand_in_when_there_is_none_of_the_papers(paper) -> None:
-    found = line([make("cifar10"), make("mnist")])
-    assert found["ours"]["sets"] == ["cifar10", "mnist"]
-    assert found["differs"][0]["ours"] == "cifar10, mnist, none of the paper's"
+def test_only_the_papers_sets_count(paper) -> None:
+    assert line([make("cifar10"), make("mnist")])["ours"] is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slice": {"split": "CoOp a.json"}},
+        {"slice": {"template": "junk {}", "texts_sha256": "t"}},
+        {"slice": {"texts_sha256": "other names"}},
+        {"train": {"template": "junk {}"}},
+        {"train": {"split": "CoOp a.json"}},
+        {"attack": {"seed": 1}},
+        {},
+    ],
+    ids=str,
+)
+def test_rows_of_a_set_and_a_seed_are_not_averaged_as_if_they_were_seeds(paper, changes) -> None:
+    found = line(whole() + whole(clean=10, robust=9, **changes))["ours"]
+    assert found["clean_accuracy"] in (pytest.approx(0.6), 1.0) and len(found["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slice": {"part": "all"}},
+        {"train": {"part": "test"}},
+        {"train": {"part": "all"}},
+        {"backbone": {"tuned": {"method": "tecoa", "part": "test"}}},
+    ],
+    ids=str,
+)
+def test_what_saw_test_images_never_stands_beside_a_published_number(paper, changes) -> None:
+    newer = whole(clean=10, **changes)
+    assert line(newer)["ours"] is None
+    assert line(whole() + newer)["ours"]["clean_accuracy"] == pytest.approx(0.6)
+    assert "3 rows of ours left out" in render_against(newer, "p", "markdown")
+
+
+def test_the_split_of_the_paper_goes_before_a_newer_one(paper) -> None:
+    paper["tables"]["few"]["protocol"]["split"] = "CoOp"
+    found = line(whole(slice={"split": "CoOp a.json"}) + whole(clean=10, slice={"split": "official"}))
+    assert found["ours"]["clean_accuracy"] == pytest.approx(0.6) and found["differs"] == []
 
 
 def test_the_nearest_setting_counts(paper) -> None:
@@ -189,7 +228,6 @@ def test_the_nearest_setting_counts(paper) -> None:
                     {"backbone": {"name": "mini"}}, {"attack": {"steps": 5}},
                     {"train": {"attack": INNER | {"eps": 2 / 255}}}):  # fmt: skip
         assert line([make(clean=1, **changes), near])["ours"]["clean_accuracy"] == 0.6, changes
-    assert line([make("mnist", clean=1), make(train={"shots": 1})])["ours"]["sets"] == ["dtd"], "the paper's sets first"
     assert line([*whole(clean=2), make(clean=1, slice={"limit": 5})])["ours"]["clean_accuracy"] == pytest.approx(0.2)
 
 

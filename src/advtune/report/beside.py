@@ -35,11 +35,8 @@ def render_against(rows: Sequence[Row], name: str, format: str) -> str:
     if format in ("csv", "json"):
         return writers[format](lines)
     dropped = left_out(rows)
-    notes = (
-        [CAPTION]
-        if not dropped
-        else [f"{dropped} rows of ours left out: not on test images, or not white-box.", CAPTION]
-    )
+    why = f"{dropped} rows of ours left out: not on test images, tuned on them, or not white-box."
+    notes = [why, CAPTION] if dropped else [CAPTION]
     return writers[format](lines) + _end(notes, format)
 
 

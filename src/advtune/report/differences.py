@@ -107,13 +107,11 @@ def _changed(row: Row) -> str:
 
 def _data(paper: Mapping[str, Any], group: Sequence[Row]) -> list[Fact]:
     sets = list(dict.fromkeys(str(row.data.get("name")) for row in group))
-    wanted = paper.get("data", [])
+    wanted = paper["data"]
     facts = []
-    if set(sets) != set(wanted):
-        k = len(set(sets) & set(wanted))
-        names = ", ".join(sets)
-        facts.append(_fact("test sets", f"{k} of {len(wanted)}: {names}" if k else f"{names}, none of the paper's",
-                           f"average of {len(wanted)}" if len(wanted) > 1 else ", ".join(wanted)))  # fmt: skip
+    if len(sets) < len(wanted):
+        ours = f"{len(sets)} of {len(wanted)}: {', '.join(sets)}"
+        facts.append(_fact("test sets", ours, f"average of {len(wanted)}"))
     cut = sorted({row.data["limit"] for row in group if row.data.get("limit")})
     if cut:
         facts.append(_fact("test images", f"{', '.join(map(str, cut))} a set", "no limit given"))
