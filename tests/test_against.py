@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -113,9 +114,24 @@ def test_what_follows_the_protocol_differs_in_nothing(paper) -> None:
         ({"attack": {"eps": 4 / 255}}, ("attack eps", "4/255", "1/255")),
         ({"attack": {"steps": 50}}, ("attack steps", "50", "100")),
         ({"attack": {"step_size": 0.25 / 255}}, ("attack step", "0.25/255", "1/255")),
-        ({"attack": {"norm": "l2"}}, ("attack norm", "l2", "linf")),
+        ({"attack": {"random_start": False}}, ("attack options", "random_start=False", "the defaults")),
+        ({"attack": {"restarts": 1, "loss": "kl"}}, ("attack options", "loss=kl", "the defaults")),
         ({"train": {"attack": INNER | {"eps": 4 / 255}}}, ("training attack eps", "4/255", "1/255")),
         ({"train": {"attack": INNER | {"steps": 3}}}, ("training attack steps", "3", "2")),
+        (
+            {"train": {"attack": INNER | {"keep": "best"}}},
+            ("training attack options", "keep=best", "the method's defaults"),
+        ),
+        ({"recipe": {"augment": True}}, ("options", "augment=True", "the method's defaults")),
+        ({"train": {"part": "fit"}}, ("tuned on part", "fit", "train")),
+        ({"train": {"resolution": 32}}, ("training resolution", "32 px", "224 px")),
+        ({"train": {"template": "a {}"}}, ("training template", "a {}", "the set's usual")),
+        ({"slice": {"template": "a {}"}}, ("template", "a {}", "the set's usual")),
+        ({"slice": {"skipped": ["a", "b"]}}, ("test images skipped", "2 of dtd, 2 of pcam, 2 of ucf101", "none")),
+        ({"train": {"skipped": ["a"]}}, ("training images skipped", "1 of dtd, 1 of pcam, 1 of ucf101", "none")),
+        ({"precision": "bf16"}, ("precision", "bf16", "fp32, or not told")),
+        ({"notes": ["warm-up of 9 steps cut to 1 of 12"]}, ("warm-up", "of 9 steps cut to 1 of 12", "not cut")),
+        ({"notes": ["3 of the 10 images were tuned on"]}, ("test images", "3 of the 10 images were tuned on", "none")),
         ({"train": {"shots": 4}}, ("shots", "4", "16")),
         ({"train": {"shots": None}}, ("shots", "all", "16")),
         ({"train": {"limit": 80, "n": 79}}, ("training images", "only 79", "no limit")),
@@ -128,6 +144,45 @@ def test_what_follows_the_protocol_differs_in_nothing(paper) -> None:
 )
 def test_each_difference_is_told(paper, changes, told) -> None:
     assert [tuple(fact.values()) for fact in line(whole(**changes))["differs"]] == [told]
+
+
+def test_another_norm_is_told_beside_its_eps(paper) -> None:
+    told = [fact["what"] for fact in line(whole(attack={"norm": "l2", "eps": 0.5}))["differs"]]
+    assert told == ["attack eps", "attack norm"]
+
+
+def test_a_step_that_the_paper_does_not_tell_is_compared_with_the_default_at_our_eps(paper) -> None:
+    told = paper["tables"]["few"]["protocol"]["attack"]
+    del told["step_size"]
+    assert line(whole(attack={"step_size": 0.25 / 255}))["differs"] == []
+    told["eps"] = "4/255"
+    assert line(whole(attack={"eps": 4 / 255}))["differs"] == []  # a quarter of eps
+    (fact,) = line(whole(attack={"eps": 4 / 255, "step_size": 0.01 / 255}))["differs"]
+    assert fact == {"what": "attack options", "ours": "step_size=3.92157e-05", "paper": "the defaults"}
+
+
+@pytest.mark.parametrize("subset", ["all", "base", "new"])
+def test_other_class_names_are_told(paper, subset) -> None:
+    names = catalog.entry("dtd")["classes"]
+    half = (len(names) + 1) // 2
+    names = {"base": names[:half], "new": names[half:]}.get(subset, names)
+    paper["tables"]["few"]["protocol"]["data"] = ["dtd"]
+    paper["tables"]["few"]["rows"][0]["subset"] = subset
+
+    def told(words: list[str]) -> list[str]:
+        texts = hashlib.sha256("\n".join(f"{name} texture." for name in words).encode()).hexdigest()
+        row = make(
+            slice={"subset": subset, "template": "{} texture.", "texts_sha256": texts},
+            train={"subset": "all" if subset == "all" else "base"},
+        )
+        return [fact["what"] for fact in line([row])["differs"]]
+
+    assert told(names) == [] and told(["x", *names[1:]]) == ["class names"]
+
+
+def test_seeds_that_only_some_sets_have_are_told(paper) -> None:
+    (fact,) = line([*whole(), make("dtd", train={"seed": 1})])["differs"]
+    assert fact == {"what": "seeds", "ours": "2, not on every set", "paper": "1"}
 
 
 def test_options_that_are_not_the_defaults_are_told(paper) -> None:
@@ -185,7 +240,7 @@ def test_only_the_papers_sets_count(paper) -> None:
     [
         {"slice": {"split": "CoOp a.json"}},
         {"slice": {"template": "junk {}", "texts_sha256": "t"}},
-        {"slice": {"texts_sha256": "other names"}},
+        {"slice": {"template": "{} texture.", "texts_sha256": "other names"}},
         {"train": {"template": "junk {}"}},
         {"train": {"split": "CoOp a.json"}},
         {"attack": {"seed": 1}},
@@ -218,7 +273,7 @@ def test_what_saw_test_images_never_stands_beside_a_published_number(paper, chan
 def test_the_split_of_the_paper_goes_before_a_newer_one(paper) -> None:
     paper["tables"]["few"]["protocol"]["split"] = "CoOp"
     found = line(whole(slice={"split": "CoOp a.json"}) + whole(clean=10, slice={"split": "official"}))
-    assert found["ours"]["clean_accuracy"] == pytest.approx(0.6) and found["differs"] == []
+    assert found["differs"] == [] and found["ours"]["clean_accuracy"] == pytest.approx(2.2 / 3)  # pcam has no CoOp file
 
 
 def test_the_nearest_setting_counts(paper) -> None:
@@ -295,7 +350,7 @@ def test_rows_of_before_these_keys_and_clean_ones_are_read(paper) -> None:
 
 
 def test_another_attack_is_named_in_the_cell_and_common_differences_come_first(paper) -> None:
-    paper["tables"]["few"]["rows"].append({"method": "apd", "clean": 1.0, "robust": 1.0})
+    paper["tables"]["few"]["rows"].append({"method": "apd", "clean": 1.0, "robust": 1.0, "recipe": {"lr": 0.1}})
     rows = whole(attack={"eps": 4 / 255}) + whole(method="apd", attack={"eps": 4 / 255}, train={"shots": 1})
     assert render_against(rows, "p", "markdown").count("(4/255) |") == 2
     assert what_differs(against(rows, "p")) == [
