@@ -42,6 +42,8 @@ PROTOCOLS = {"few-shot", "base-to-new", "cross-dataset", "domain-shift", "transf
 PGD = {"name": "pgd", "eps": 1 / 255, "steps": 100, "step_size": 1 / 255, "seed": 0}
 INNER = {"name": "pgd", "eps": 1 / 255, "steps": 2, "step_size": 1 / 255}
 CLIP = {"name": "openai/clip-vit-base-patch32", "sha256": "b" * 64, "notice": "", "tuned": None}
+TUNED = {"method": "tecoa", "on": "imagenet", "attack": INNER, "root": "openai/clip-vit-base-patch32"}
+TOWER: dict[str, Any] = {"name": "runs/tecoa-imagenet-eps1", "sha256": "d" * 64, "tuned": TUNED}
 PAPER = {
     "title": "A paper", "arxiv": "2401.00001", "note": "",
     "tables": {
@@ -208,11 +210,37 @@ def test_seeds_are_averaged_and_counted(paper) -> None:
 
 
 def test_the_tower_and_the_split_are_compared_when_the_paper_tells(paper) -> None:
-    paper["tables"]["few"]["protocol"] |= {"tower": "tecoa", "split": "CoOp"}
+    tower = {"method": "tecoa", "on": "imagenet", "eps": "1/255"}
+    paper["tables"]["few"]["protocol"] |= {"tower": tower, "split": "CoOp"}
     told = [tuple(fact.values()) for fact in line(whole())["differs"]]
     assert told == [("tuned before", "none", "tecoa"), ("split", "not named", "CoOp's")]
-    rows = whole(backbone={"tuned": {"method": "tecoa"}}, slice={"split": "CoOp's file"})
+    rows = whole(backbone=TOWER, slice={"split": "CoOp's file"})
     assert line(rows)["differs"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"root": "openai/clip-vit-base-patch16"}, ("backbone", "clip-vit-base-patch16", "ViT-B/32")),
+        ({"method": "fare"}, ("tuned before", "fare", "tecoa")),
+        ({"on": "cifar10"}, ("tower tuned on", "cifar10", "imagenet")),
+        ({"attack": INNER | {"eps": 8 / 255}}, ("tower attack eps", "8/255", "1/255")),
+        ({"root": None}, ("backbone", "tecoa-imagenet-eps1", "ViT-B/32")),  # an old row
+    ],
+    ids=str,
+)
+def test_a_tower_is_known_by_what_it_was_tuned_from_and_how(paper, changes, told) -> None:
+    paper["tables"]["few"]["protocol"]["tower"] = {"method": "tecoa", "on": "imagenet", "eps": "1/255"}
+    other = whole(clean=10, backbone=TOWER | {"tuned": TOWER["tuned"] | changes, "sha256": "c" * 64})
+    assert [tuple(fact.values()) for fact in line(other)["differs"]] == [told]
+    if told[0] != "tower tuned on":
+        assert line(whole(backbone=TOWER) + other)["ours"]["clean_accuracy"] == pytest.approx(0.6), "the nearest tower"
+
+
+def test_a_tower_that_the_paper_has_not_is_told(paper) -> None:
+    (fact,) = line(whole(backbone=TOWER))["differs"]
+    assert fact == {"what": "tuned before", "ours": "tecoa", "paper": "none"}
+    assert line(whole(clean=10) + whole(backbone=TOWER))["ours"]["clean_accuracy"] == 1.0
 
 
 def test_the_average_is_over_the_papers_sets_that_are_there(paper) -> None:

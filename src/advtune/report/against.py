@@ -102,7 +102,7 @@ def _distance(paper: Mapping[str, Any], group: Sequence[Row]) -> tuple[float, ..
     """How far a setting of ours is from a published row; the first that differs decides."""
     row, sets = group[0], {row.data["name"] for row in group}
     train, attack, recipe = row.train or {}, row.attack or {}, row.recipe
-    told, trained = paper.get("attack", {}), paper.get("train_attack", {})
+    told, trained, tower = paper["attack"], paper["train_attack"], row.backbone.get("tuned") or {}
     foreign = bool(train) and paper.get("train") not in (None, "same", train.get("name"))
     return (
         foreign,
@@ -111,6 +111,8 @@ def _distance(paper: Mapping[str, Any], group: Sequence[Row]) -> tuple[float, ..
         told.get("name", attack.get("name")) != attack.get("name"),
         len(set(paper["data"]) - sets),
         not same_backbone(paper.get("backbone"), row.backbone),
+        paper["tower"].get("method") != tower.get("method"),
+        _apart(paper["tower"].get("eps"), (tower.get("attack") or {}).get("eps")),
         _apart(trained.get("eps"), (train.get("attack") or {}).get("eps")) if train else 0,
         _apart(told.get("steps"), attack.get("steps")),
         _apart(paper["recipe"].get("epochs"), recipe.get("epochs")),

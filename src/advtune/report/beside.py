@@ -84,7 +84,7 @@ def _texts(line: Line, chosen: Callable[[str], bool]) -> list[str]:
     texts = {
         "backbone": line.get("backbone"),
         "resolution": f"{line['resolution']} px" if "resolution" in line else None,
-        "tower": f"on a tower tuned with {line['tower']}" if "tower" in line else None,
+        "tower.method": f"on a tower tuned with {line['tower']['method']}" if line["tower"] else None,
         "train": "tuned on each test set" if train == "same" else train and f"tuned on {train}",
         "shots": "all images" if shots == "all" else shots and f"{shots} shot{'s' if shots > 1 else ''}",
         "subset": f"{line['subset']} classes" if line["subset"] != "all" else None,

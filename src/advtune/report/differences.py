@@ -11,7 +11,7 @@ from typing import Any
 
 from advtune.data.catalog import entry, names
 from advtune.report.published import DISTANCES
-from advtune.report.table import group_by, shown
+from advtune.report.table import group_by, shown, without
 from advtune.results import Row
 
 Fact = dict[str, str]
@@ -57,7 +57,9 @@ def shots_of(train: Mapping[str, Any]) -> Any:
 
 
 def _end(backbone: Mapping[str, Any]) -> str:
-    return str(backbone.get("name", "")).rstrip("/").rpartition("/")[2]
+    """The end of the name of what was first tuned; old rows have the run's name alone."""
+    root = (backbone.get("tuned") or {}).get("root") or backbone.get("name", "")
+    return str(root).rstrip("/").rpartition("/")[2]
 
 
 def _model(paper: Mapping[str, Any], row: Row) -> list[Fact]:
@@ -65,8 +67,11 @@ def _model(paper: Mapping[str, Any], row: Row) -> list[Fact]:
     if not same_backbone(paper.get("backbone"), backbone):
         stand_in = "" if not backbone.get("notice") else " (a stand-in)"
         facts.append(_fact("backbone", f"{_end(backbone)}{stand_in}", paper["backbone"]))
-    tower = (backbone.get("tuned") or {}).get("method", "none")
-    facts += _unequal("tuned before", tower, paper.get("tower"))
+    tower, told = backbone.get("tuned") or {}, paper["tower"] or {"method": "none"}
+    facts += _unequal("tuned before", tower.get("method", "none"), told["method"])
+    if tower and paper["tower"]:
+        facts += _unequal("tower tuned on", tower.get("on"), told.get("on"))
+        facts += _attack("tower attack", told, without(tower.get("attack"), "name"))
     facts += [] if row.precision == "fp32" else [_fact("precision", row.precision, "fp32, or not told")]
     return facts + _unequal("resolution", row.data.get("resolution"), paper.get("resolution"), " px")
 
