@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,22 @@ import pytest
 from advtune.cli import main
 from advtune.data import catalog
 from advtune.errors import UserError
+from advtune.methods import METHODS
+from advtune.options import as_options
 from advtune.report import published as published_module
 from advtune.report import render_against
 from advtune.report.against import against
 from advtune.report.beside import what_differs
 from advtune.report.published import papers, published
 from advtune.results import Row, accuracy, append, wilson
+from advtune.study import from_facts, plan, read
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
-METHODS = {
-    "zero-shot", "tecoa", "pmg-aft", "capt", "apd", "coop", "vpt", "maple", "ivlp", "apt", "advpt", "advvp", "advvlp",
-    "advmaple", "fap", "fare", "agft", "tga-zsr",
-}  # fmt: skip
-SETS = {
-    "imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet", "tinyimagenet", "cifar10",
-    "cifar100", "stl10", "caltech101", "caltech256", "oxford-pets", "stanford-cars", "flowers102", "food101",
-    "fgvc-aircraft", "sun397", "dtd", "eurosat", "ucf101", "pcam", "country211", "hateful-memes", "fashion-mnist",
-    "mnist", "svhn", "grocery", "fashion-mnist-mini",
-}  # fmt: skip
+FULL = [path for path in RECIPES if not path.stem.startswith("offline")]
 FACTS = {
     "backbone", "resolution", "tower", "train", "shots", "data", "subset", "seeds", "split", "attack", "train_attack",
 }  # fmt: skip
 THREE = ["dtd", "pcam", "ucf101"]
-PROTOCOLS = {"few-shot", "base-to-new", "cross-dataset", "domain-shift", "transfer", "eps-curve"}
 PGD = {"name": "pgd", "eps": 1 / 255, "steps": 100, "step_size": 1 / 255, "seed": 0}
 INNER = {"name": "pgd", "eps": 1 / 255, "steps": 2, "step_size": 1 / 255}
 CLIP = {"name": "openai/clip-vit-base-patch32", "sha256": "b" * 64, "notice": "", "tuned": None}
@@ -188,9 +180,6 @@ def test_seeds_that_only_some_sets_have_are_told(paper) -> None:
 
 
 def test_options_that_are_not_the_defaults_are_told(paper) -> None:
-    from advtune.methods import METHODS
-    from advtune.options import as_options
-
     paper["tables"]["few"]["rows"][0]["method"] = "capt"
     usual = as_options(METHODS["capt"]())
     assert line(whole(method="capt", options=usual))["differs"] == []
@@ -433,8 +422,8 @@ def test_a_papers_entry_is_well_formed(name) -> None:
     for row in published(name):
         assert row["method"] in METHODS and row["source"]
         assert all(row[key] is None or 0 <= row[key] <= 100 for key in ("clean", "robust"))
-        assert set(row["data"]) <= SETS and len(set(row["data"])) == len(row["data"])
-        assert row["train"] in SETS | {"same"} and row["subset"] in ("all", "base", "new")
+        assert set(row["data"]) <= set(catalog.names()) and len(set(row["data"])) == len(row["data"])
+        assert row["train"] in {*catalog.names()} | {"same"} and row["subset"] in ("all", "base", "new")
         assert row["shots"] == "all" or row["shots"] > 0
         for attack in (row["attack"], row["train_attack"]):
             assert set(attack) <= {"name", "eps", "steps", "step_size"}
@@ -461,33 +450,42 @@ def test_numbers_of_the_papers_are_where_they_belong() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_names_what_there_is(path) -> None:
-    text = path.read_text()
-    study = tomllib.loads(text)
-    assert f"advtune study recipes/{path.name} --out" in text and f"--against {study['paper']}" in text
+def test_a_recipe_plans_and_names_what_there_is(path) -> None:
+    text, study = path.read_text(), from_facts(read(path), path.name)
+    assert f"advtune study recipes/{path.name} --out" in text and f"--against {study.paper}" in text
     assert "# Hardware:" in text and "# Hours:" in text and "# Ours:" in text
-    assert study["protocol"] in PROTOCOLS
-    assert set(study["methods"]) <= METHODS and set(study.get("method", {})) <= set(study["methods"])
-    assert {*study["data"], study.get("train_on", "dtd")} <= SETS
-    assert all(k == "all" or k > 0 for k in study["shots"]) and study["attacks"]
-    table = [row for row in published(study["paper"]) if row["table"] == study["table"]]
+    assert study.shots and study.attacks and plan(study)
+    assert {*study.data, study.train_on or "dtd"} <= set(catalog.names())
+    assert study.paper in papers() and study.table in papers()[study.paper]["tables"]
+    table = [row for row in published(study.paper) if row["table"] == study.table]
     wanted = {row["method"] for row in table}
-    assert wanted & set(study["methods"]), "nothing of the table would be run"
-    if not path.stem.startswith("offline"):
-        assert wanted <= set(study["methods"])
-        assert {each for row in table for each in row["data"]} <= {*study["data"], study.get("train_on")}
+    assert wanted & set(study.methods), "nothing of the table would be run"
+    if path in FULL:
+        assert wanted <= set(study.methods)
+        assert {each for row in table for each in row["data"]} <= {*study.data, study.train_on}
 
 
-def test_there_is_a_recipe_for_each_paper_and_its_options_exist() -> None:
-    from advtune.methods import METHODS as HERE
-    from advtune.methods import configure
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_a_recipe_tunes_as_the_papers_rows_say(path) -> None:
+    study = from_facts(read(path), path.name)
+    for run in plan(study):
+        rows = [row for row in published(study.paper) if (row["table"], row["method"]) == (study.table, run.method)]
+        ours, want = run.settings(), [row["recipe"] for row in rows]
+        if want and ours["method"] != "zero-shot":
+            assert any(recipe.items() <= ours["recipe"].items() for recipe in want), (run.method, ours["recipe"], want)
+            told = [(row["train_attack"]["eps"], row["train_attack"]["steps"]) for row in rows]
+            assert (ours["attack"]["eps"], ours["attack"]["steps"]) in [pytest.approx(each) for each in told], (
+                run.method
+            )
 
-    studies = [tomllib.loads(path.read_text()) for path in RECIPES]
-    assert {study["paper"] for study in studies} == set(papers()) - {"tecoa"}
-    for study in studies:
-        for name in set(study["methods"]) & set(HERE) - {"zero-shot"}:
-            options = study.get("options", {}) | study.get("method", {}).get(name, {})
-            configure(name, options, study.get("train_attack", {}))
-    ours = set(catalog.catalog())
-    for study in (each for each in studies if each["backbone"] == "mini"):
-        assert set(study["data"]) <= ours, "an offline recipe needs what is here"
+
+def test_there_is_a_recipe_for_each_paper() -> None:
+    studies = [from_facts(read(path), path.name) for path in RECIPES]
+    assert {study.paper for study in studies} == set(papers()) - {"tecoa"}
+    for study in (each for each in studies if each.backbone == "mini"):
+        assert set(study.data) <= set(catalog.names()), "an offline recipe needs what is here"
+
+
+def test_what_is_re_printed_says_so() -> None:
+    for source in {row["source"] for name in papers() for row in published(name)}:
+        assert ("re-printed" not in source and "not at hand" not in source) or source.endswith("not checked by us")
