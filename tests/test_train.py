@@ -223,7 +223,10 @@ def test_a_tuned_model_in_memory_is_as_frozen_as_a_loaded_one(vlm, task, tmp_pat
     assert one.delta().keys() == {"prompts.text", "prompts.image"}
     assert one.run["backbone"]["sha256"] == two.run["backbone"]["sha256"] == tower.origin.sha256
     assert one.run["backbone"]["sha256"] != vlm.origin.sha256
-    assert one.run["backbone"]["tuned"]["method"] == "tecoa"
+    facts = one.run["backbone"]["tuned"]
+    assert (facts["method"], facts["part"], facts["root"]) == ("tecoa", "train", vlm.origin.name)
+    again = train.tune("tecoa", tower, task, **how)
+    assert runs.backbone_facts(again)["tuned"]["root"] == vlm.origin.name
     loaded = train.tune("capt", runs.load(str(tmp_path / "t"), "cpu", "fp32"), task, **how)
     assert all(torch.equal(value, loaded.delta()[name]) for name, value in one.delta().items())
     in_memory = train.tune("tecoa", vlm, task, **how)

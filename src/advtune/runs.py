@@ -113,8 +113,10 @@ def write_run(folder: Path, model: VLM, config: dict[str, Any], hashes: list[str
 
 def backbone_facts(model: VLM, out: Path | None = None) -> dict[str, Any]:
     """What a row or a run says of a backbone. `path` leads from the run folder `out` to a local backbone, so
-    that both can be moved together; `tuned` says how, when the backbone is itself a run."""
+    that both can be moved together; `tuned` says how, when the backbone is itself a run, and `root` what
+    the first of its runs was tuned on top of."""
     origin, run = model.origin, model.run
+    base = run.get("backbone", {})
     local = out is not None and origin.name not in EMBEDDED and Path(origin.name).is_dir()
     return {
         "name": origin.name,
@@ -123,7 +125,9 @@ def backbone_facts(model: VLM, out: Path | None = None) -> dict[str, Any]:
         "image_size": model.side,
         "logit_scale": round(float(model.logit_scale), 4),
         "notice": origin.notice,
-        "tuned": {k: run[k] for k in ("method", "options", "recipe", "attack")} | {"on": run["train"]["spec"]}
+        "tuned": {k: run[k] for k in ("method", "options", "recipe", "attack")}
+        | {"on": run["train"]["spec"], "part": run["train"]["part"]}
+        | {"root": (base.get("tuned") or {}).get("root", base["name"])}
         if run
         else None,
     }

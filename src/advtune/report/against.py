@@ -8,10 +8,14 @@ from typing import Any
 
 from advtune.report.differences import differences, same_backbone, shots_of
 from advtune.report.published import published
-from advtune.report.table import canonical, group_by, latest, setting, without
+from advtune.report.table import canonical, group_by, latest, line_key
 from advtune.results import Row, mean_and_spread, wilson
 
-TESTED = ("test", "all")  # parts of a data set that stand beside a published test number
+LEAKED = {"test", "all"}  # parts that hold test images: what is tuned on them is not put beside anything
+# What the rows of an average may differ in, and what more when each set was tuned on: of one set, they may not.
+OF_A_SET = ("data.name", "data.spec", "data.classes", "data.template", "data.texts_sha256", "data.split",
+            "data.on_bad", "train.on_bad", "attack.stages")  # fmt: skip
+OF_ITS_OWN = ("train.name", "train.spec", "train.classes", "train.template", "train.split")
 FAR = 99.0  # no attack, or none of a length
 ALL_SHOTS = 2**12  # farther from any few than they are from each other
 
@@ -20,11 +24,11 @@ def against(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
     """One dict a published row of the paper: its facts, `ours` (None: not run) and `differs`.
 
     `ours` holds the settings of ours that are nearest: the same method and subset of classes, tuned on the test set
-    itself or on another as there; of those the nearest in data, shots and attack, then backbone, training attack and
-    epochs. Its numbers are fractions, averages over `sets`: those of the paper's sets that ours has, or, when there
-    is none, all that ours has. Where rows of a table differ in shots and attack alone, ours stands beside the nearest.
-    `differs` lists `what`, `ours` and `paper` as texts. Rows of other parts than test, of a transfer attack or behind
-    a defence are left out. Raises UserError for an unknown paper.
+    itself or on another as there; of those the nearest in shots, attack and data, then backbone, training attack and
+    epochs. Its numbers are fractions, averages over `sets`, those of the paper's that ours has, each in one setting.
+    Where rows of a table differ in shots and attack alone, ours stands beside the nearest. `differs` lists `what`,
+    `ours` and `paper` as texts. Rows of other parts than test, tuned on test images, of a transfer attack or behind a
+    defence are left out. Raises UserError for an unknown paper.
     """
     usable = [row for row in latest(rows) if _usable(row)]
     pairs = [(paper, _nearest(paper, usable)) for paper in published(name)]
@@ -50,12 +54,15 @@ def _place(paper: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _usable(row: Row) -> bool:
     white = not row.threat or (row.threat.startswith("white-box") and "behind" not in row.threat)
-    return row.data.get("part", "test") in TESTED and white
+    tuned_on = {(facts or {}).get("part") for facts in (row.train, row.backbone.get("tuned"))}
+    return row.data.get("part", "test") == "test" and not LEAKED & tuned_on and white
 
 
 def _alike(paper: Mapping[str, Any], row: Row) -> bool:
-    """The same method, measured on the same kind of classes, tuned on the same kind of set."""
+    """The same method, measured on one of the paper's sets and the same kind of classes, tuned on the same kind."""
     subset = paper["subset"]
+    if row.data.get("name") not in paper["data"]:
+        return False
     if row.method != paper["method"] or (row.data.get("subset") or "all") != subset:
         return False
     if row.train is None:
@@ -69,42 +76,43 @@ def _alike(paper: Mapping[str, Any], row: Row) -> bool:
 
 
 def _nearest(paper: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """Our rows of one setting on the sets that count, all seeds; [] when nothing is alike."""
+    """Our rows of one setting on the paper's sets, of each set one a seed; [] when nothing is alike."""
     alike = [row for row in rows if _alike(paper, row)]
-    groups = group_by(alike, lambda row: _configuration(paper, row)).values()
-    if not groups:
+    if not alike:
         return []
-    newest = sorted(groups, key=lambda group: max(row.time for row in group), reverse=True)
-    best = min(newest, key=lambda group: _distance(paper, group))
-    return [row for row in best if row.data.get("name") in paper.get("data", ())] or best
+    free = OF_A_SET + (OF_ITS_OWN if paper.get("train") == "same" else ())
+    groups = _newest_first(alike, *free)
+    best = min(groups, key=lambda group: _distance(paper, group))
+    sets = group_by(best, lambda row: row.data["name"])
+    return [row for some in sets.values() for row in _of_one_set(paper, some)]
 
 
-def _configuration(paper: Mapping[str, Any], row: Row) -> str:
-    """What the rows of an average share: all but the data set, its texts and the seed."""
-    facts = setting(row)
-    train = without(facts["train"], "classes", "template", "split", "on_bad")
-    if paper.get("train") == "same":
-        train = without(train, "name", "spec")
-    backbone = [row.backbone.get("name"), row.backbone.get("sha256")]
-    size = [row.data.get("resolution"), row.data.get("limit")]
-    return canonical([without(facts, "train", "data"), train, backbone, size, without(row.attack, "seed", "stages")])
+def _of_one_set(paper: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """The rows of the setting that differs least from the paper in split and words, of each seed the latest."""
+    best = min(_newest_first(rows), key=lambda group: len(differences(paper, group)))
+    return list({(row.train or row.data).get("seed"): row for row in sorted(best, key=lambda row: row.time)}.values())
+
+
+def _newest_first(rows: Sequence[Row], *free: str) -> list[list[Row]]:
+    groups = group_by(rows, lambda row: line_key(row, *free)).values()
+    return sorted(groups, key=lambda group: max(row.time for row in group), reverse=True)
 
 
 def _distance(paper: Mapping[str, Any], group: Sequence[Row]) -> tuple[float, ...]:
     """How far a setting of ours is from a published row; the first that differs decides."""
-    row, sets = group[0], {row.data.get("name") for row in group}
+    row, sets = group[0], {row.data["name"] for row in group}
     train, attack, recipe = row.train or {}, row.attack or {}, row.recipe
-    wanted, shared = set(paper.get("data", ())), sets & set(paper.get("data", ()))
-    told, trained = paper.get("attack", {}), paper.get("train_attack", {})
+    told, trained, tower = paper["attack"], paper["train_attack"], row.backbone.get("tuned") or {}
     foreign = bool(train) and paper.get("train") not in (None, "same", train.get("name"))
     return (
-        not shared,
         foreign,
         _apart(_many(paper.get("shots")), _many(shots_of(train))) if train else 0,
         _apart(told.get("eps"), attack.get("eps") if row.robust else 0),
         told.get("name", attack.get("name")) != attack.get("name"),
-        len(wanted - shared),
+        len(set(paper["data"]) - sets),
         not same_backbone(paper.get("backbone"), row.backbone),
+        paper["tower"].get("method") != tower.get("method"),
+        _apart(paper["tower"].get("eps"), (tower.get("attack") or {}).get("eps")),
         _apart(trained.get("eps"), (train.get("attack") or {}).get("eps")) if train else 0,
         _apart(told.get("steps"), attack.get("steps")),
         _apart(paper["recipe"].get("epochs"), recipe.get("epochs")),

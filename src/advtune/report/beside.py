@@ -35,11 +35,8 @@ def render_against(rows: Sequence[Row], name: str, format: str) -> str:
     if format in ("csv", "json"):
         return writers[format](lines)
     dropped = left_out(rows)
-    notes = (
-        [CAPTION]
-        if not dropped
-        else [f"{dropped} rows of ours left out: not on test images, or not white-box.", CAPTION]
-    )
+    why = f"{dropped} rows of ours left out: not on test images, tuned on them, or not white-box."
+    notes = [why, CAPTION] if dropped else [CAPTION]
     return writers[format](lines) + _end(notes, format)
 
 
@@ -87,7 +84,7 @@ def _texts(line: Line, chosen: Callable[[str], bool]) -> list[str]:
     texts = {
         "backbone": line.get("backbone"),
         "resolution": f"{line['resolution']} px" if "resolution" in line else None,
-        "tower": f"on a tower tuned with {line['tower']}" if "tower" in line else None,
+        "tower.method": f"on a tower tuned with {line['tower']['method']}" if line["tower"] else None,
         "train": "tuned on each test set" if train == "same" else train and f"tuned on {train}",
         "shots": "all images" if shots == "all" else shots and f"{shots} shot{'s' if shots > 1 else ''}",
         "subset": f"{line['subset']} classes" if line["subset"] != "all" else None,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from advtune.report.table import canonical, group_by, pixels, setting, without
+from advtune.report.table import canonical, group_by, line_key, pixels, setting
 from advtune.results import Row, mean_and_spread
+
+OF_A_HALF = ("data.subset", "data.classes", "data.texts_sha256")
 
 
 def harmonic(a: float, b: float) -> float:
@@ -21,7 +23,8 @@ def harmonic_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     robust is None without an attack. Of an evaluation that was made twice the latest counts.
     """
     lines = []
-    for group in group_by([row for row in rows if row.data.get("subset") in ("base", "new")], _line_key).values():
+    rows = [row for row in rows if row.data.get("subset") in ("base", "new")]
+    for group in group_by(rows, lambda row: line_key(row, *OF_A_HALF)).values():
         pairs = []
         for own in group_by(group, _run_key).values():
             halves = {row.data["subset"]: row for row in sorted(own, key=lambda row: row.time)}
@@ -64,13 +67,6 @@ def harmonic_table(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
         numbers = [text for kind in ("clean", "robust") for text in _texts(line[kind])]
         cells.append([line["dataset"], line["method"], shots, seeds, n, attack, *numbers])
     return cells
-
-
-def _line_key(row: Row) -> str:
-    facts = setting(row)
-    facts["data"] = without(facts["data"], "texts_sha256", "classes", "subset")
-    where = [row.data.get(key) for key in ("name", "part", "resolution")]
-    return canonical([facts, where, without(row.attack, "seed"), row.backbone["sha256"]])
 
 
 def _run_key(row: Row) -> str:

@@ -21,9 +21,9 @@ def papers() -> dict[str, dict[str, Any]]:
     An entry has `title`, `arxiv`, `note` and `tables`: name -> `title`, `source` (who printed it), `protocol` and
     `rows`. A row has `method` (a registry name), `clean` and `robust` (percent, null: not at hand) and what it has
     of its own: a `source`, a `remark`, and facts that replace the table's `protocol`: backbone, resolution, tower
-    (what tuned it before), train (`same`: each test set itself), shots (a number or `all`), data (test sets; the
-    numbers are averages over them), subset, seeds, split, attack, train_attack, recipe. A fact that is not there is
-    not known, and not compared.
+    (method, on and eps of what tuned it before), train (`same`: each test set itself), shots (a number or `all`), data
+    (test sets; the numbers are averages over them), subset, seeds, split, attack, train_attack, recipe. A fact that is
+    not there is not known, and not compared; without a tower there was none.
     """
     return json.loads(_read())
 
@@ -43,7 +43,7 @@ def published(name: str) -> list[dict[str, Any]]:
             facts: dict[str, Any] = {"paper": name, "table": key} | shared
             for each, value in row.items():
                 facts[each] = {**facts.get(each, {}), **value} if isinstance(value, Mapping) else value
-            for each in ("attack", "train_attack"):
+            for each in ("attack", "train_attack", "tower"):
                 facts[each] = {k: parse_float(v) if k in DISTANCES else v for k, v in facts.get(each, {}).items()}
             found.append({"subset": "all", "remark": "", "recipe": {}} | facts)
     return found

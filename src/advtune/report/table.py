@@ -26,7 +26,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         raise UserError("no result rows to report; evaluate something first or name another file")
     lines = []
     for number, section in enumerate(group_by(latest(rows), _section_key).values()):
-        groups = list(group_by(section, _line_key).values())
+        groups = list(group_by(section, line_key).values())
         groups.sort(key=lambda group: group[0].train is not None)
         for group, differs in zip(groups, _differences(groups), strict=True):
             lines.append({"section": number} | _line(group, differs))
@@ -117,8 +117,11 @@ def slice_name(name: Any, subset: Any, part: Any) -> str:
     return " ".join(str(each) for each in (name, None if subset == "all" else subset, part) if each)
 
 
-def _line_key(row: Row) -> str:
-    return canonical(setting(row))
+def line_key(row: Row, *free: str) -> str:
+    """Equal for rows that differ in nothing but seeds and the facts `free`, named with dots: `data.classes`."""
+    backbone = {key: row.backbone.get(key) for key in ("name", "sha256")}
+    where = {"data": _slice(row.data), "attack": without(row.attack, "seed"), "backbone": backbone}
+    return canonical(without(flat(setting(row) | where), *free))
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -126,7 +129,7 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         seeds = [row.train, row.data, row.recipe, row.attack]
-        key = _section_key(row) + _line_key(row) + canonical(seeds)
+        key = _section_key(row) + line_key(row) + canonical(seeds)
         if key not in found or row.time >= found[key].time:
             found[key] = row
     return list(found.values())
