@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -176,10 +177,10 @@ def test_more_attacks_do_not_tune_again(study, calls, tmp_path):
     assert len(read(*out.rglob("results.jsonl"))) == 4
     for changed in ({"steps": 3}, {"loss": "margin"}, {"step_size": "1/255"}):
         run = plan(replace(study, attacks=({**QUICK, **changed},)))[1]
-        assert grid.missing(run, grid.known(run, out / run.key)), changed
+        assert grid.missing(run, grid.rows_of(run, out / run.key)), changed
     for changed in (replace(study, limit=3), replace(study, attack_seed=1)):
         run = plan(changed)[1]
-        assert grid.missing(run, grid.known(run, out / run.key))
+        assert grid.missing(run, grid.rows_of(run, out / run.key))
 
 
 def test_a_failed_run_does_not_stop_the_rest(study, tmp_path, monkeypatch, capsys):
@@ -270,10 +271,107 @@ def test_rows_of_other_settings_are_refused(study, clip_folder, tmp_path):
     )
     wider = replace(study, methods=("tecoa",), attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
     failed = run_study(wider, out, extend=True).failed
-    assert ["another backbone" in each.error for each in failed] == [True]
+    assert [each.error.startswith("backbone") for each in failed] == [True]
 
 
-def test_done_runs_on_another_backbone_are_told(study, tmp_path, clip_folder):
+def test_rows_that_a_study_would_not_have_made_are_no_answer(study, calls, images, tmp_path):
+    out = tmp_path / "out"
+    study = replace(study, methods=("tecoa",))
+    own = run_study(study, out).rows
+    (run,) = plan(study)
+    folder = out / run.key
+    for how in ({"resolution": 28}, {"template": "junk {}"}):
+        (folder / runs.RESULTS).unlink()
+        task = advtune.load_task(images, template=how.pop("template", None))
+        advtune.evaluate(str(folder), task, run.attacks[0], out=folder, show=False, **how)
+        calls.clear()
+        again = run_study(study, out, extend=True, show=False)
+        assert calls.count("evaluate_all") == 1
+        assert [row.flags for row in again.rows] == [row.flags for row in own]
+        assert len(read(folder / runs.RESULTS)) == 2
+    for changes in ({"skipped": ["x"]}, {"subset": "base"}, {"shots": 1}, {"limit": 3}, {"spec": "cifar10"}):
+        assert not grid.answers(replace(own[0], data={**own[0].data, **changes}), run, run.tests[0], run.attacks[0])
+        if "spec" not in changes:
+            other = replace(own[0], train={**own[0].train, "shots": 1, **changes})
+            assert grid.tuned_as(other, run) == (changes == {"shots": 1})
+
+
+def test_an_evaluation_by_hand_beside_the_study_s_own_is_left_alone(study, images, tmp_path):
+    study, out = replace(study, methods=("tecoa",)), tmp_path / "out"
+    (own,) = run_study(study, out, precision="fp32", show=False).rows
+    (run,) = plan(study)
+    advtune.evaluate(advtune.load(str(out / run.key), precision="bf16"), images, run.attacks[0], out=out / run.key)
+    assert len(read(out / run.key / runs.RESULTS)) == 2
+    again = run_study(study, out, show=False)
+    assert ([row.to_json() for row in again.rows], again.failed) == ([own.to_json()], [])
+
+
+def test_all_of_a_study_is_of_the_same_weights_images_and_words(study, images, tmp_path):
+    out = tmp_path / "out"
+    rows = run_study(study, out, show=False).rows
+    tuned = plan(study)[1]
+    path = out / tuned.key / runs.RESULTS
+    (row,) = read(path)
+    for name, changes in {
+        "images of": {"data": {**row.data, "sha256": "0"}},
+        "class texts": {"data": {**row.data, "texts_sha256": "0"}},
+        "backbone": {"backbone": {**row.backbone, "sha256": "0"}},
+        "precision": {"precision": "bf16" if row.precision == "fp32" else "fp32"},
+    }.items():
+        path.write_text(replace(row, **changes).to_json() + "\n")
+        outcome = run_study(study, out, show=False)
+        assert [each.error.startswith(name) for each in outcome.failed] == [True], name
+        assert str(out / rows[0].data["name"]) in outcome.failed[0].error
+        assert [each.method for each in outcome.rows] == ["zero-shot"]
+    wider = replace(study, methods=("tecoa",), seeds=(0, 1), attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
+    path.write_text(replace(row, model="0").to_json() + "\n")
+    failed = run_study(wider, out, extend=True, show=False).failed
+    assert [(each.key, each.error.split()[0]) for each in failed] == [(tuned.key, "model")]
+    path.write_text(replace(row, train={**row.train, "sha256": "0"}).to_json() + "\n")
+    other = replace(study, methods=("tecoa", "vpt"), epochs=None, options={"batch_size": 4, "epochs": 1})
+    failed = run_study(other, out, extend=True, show=False).failed
+    assert [each.error.startswith("images of") and "1 shots" in each.error for each in failed] == [True]
+
+
+def test_precision_that_is_asked_for_is_had(study, calls, tmp_path):
+    study = replace(study, methods=("zero-shot",))
+    run_study(study, tmp_path, precision="fp32", show=False)
+    calls.clear()
+    assert not run_study(study, tmp_path, precision="fp32", show=False).failed
+    failed = run_study(study, tmp_path, precision="bf16", show=False).failed
+    assert [each.error.startswith("precision: not the same as in --precision bf16") for each in failed] == [True]
+    assert calls == []
+
+
+def test_a_tower_that_was_tuned_again_is_another(study, images, clip_folder, tmp_path):
+    tower, out = tmp_path / "tower", tmp_path / "out"
+
+    def retune(lr):
+        advtune.tune(
+            "tecoa", str(clip_folder), images, epochs=1, options={"lr": lr}, out=tower, overwrite=True, show=False
+        )
+
+    retune(1e-3)
+    zero = replace(study, methods=("zero-shot",), backbone=str(tower))
+    run_study(zero, out, show=False)
+    retune(0.1)
+    wider = replace(zero, attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
+    outcome = run_study(wider, out, extend=True, show=False)
+    assert [each.error.split(":")[0] for each in outcome.failed] == [f"backbone {tower}"]
+    assert len(outcome.rows) == len(read(*out.rglob("results.jsonl"))) == 1
+
+
+def test_images_that_changed_under_their_name_are_told(study, images, tmp_path):
+    zero, out = replace(study, methods=("zero-shot",)), tmp_path / "out"
+    run_study(zero, out, show=False)
+    shutil.rmtree(tmp_path / "four")
+    write_images(tmp_path / "four", ("red", "green", "blue", "grey"), train=3, test=3)
+    outcome = run_study(replace(zero, attacks=({**QUICK, "eps": ["2/255", "4/255"]},)), out, extend=True, show=False)
+    assert [each.error.startswith(f"images of {images}") for each in outcome.failed] == [True]
+    assert len(outcome.rows) == len(read(*out.rglob("results.jsonl"))) == 1
+
+
+def test_a_backbone_that_changed_under_its_name_is_told(study, tmp_path, clip_folder):
     out, towers = tmp_path / "out", tmp_path / "clip"
     shutil.copytree(clip_folder, towers)
     zero = replace(study, methods=("zero-shot",), backbone=str(towers))
@@ -281,8 +379,26 @@ def test_done_runs_on_another_backbone_are_told(study, tmp_path, clip_folder):
     write_clip(towers, seed=5)  # other weights, the same name
     assert not run_study(zero, out).failed  # nothing to do: the backbone is not read
     outcome = run_study(replace(zero, methods=("zero-shot", "tecoa")), out, extend=True)
-    assert ["another backbone" in each.error for each in outcome.failed] == [True]
-    assert "zero-shot" in outcome.failed[0].key
+    (failed,) = outcome.failed
+    assert "tecoa" in failed.key
+    assert failed.error.startswith(f"backbone {towers}: not the same as in {out / plan(zero)[0].key}; remove one")
+    assert not list(out.rglob(runs.DELTA))  # told before anything is tuned
+
+
+def test_two_processes_do_not_work_in_one_folder(study, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    path = tmp_path / "study.toml"
+    path.write_text(write(study), encoding="utf-8")
+    with grid.alone(out):
+        assert main(["study", str(path), "--out", str(out), "--extend"]) == 2
+        assert "another process works here; wait for it, or choose another --out\n" in capsys.readouterr().err
+        with pytest.raises(UserError, match="another process works here"):
+            grid.work(plan(study), out)
+    assert [each.name for each in out.iterdir()] == [grid.LOCK]
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with grid.alone(out), grid.alone(out):
+        assert len(run_study(study, out, show=False).rows) == 2
 
 
 def test_harmonic_means_by_hand(study, images, tmp_path):

@@ -11,8 +11,10 @@ from itertools import product
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from advtune.methods import configure
+from advtune.attacks import PGD
+from advtune.methods import Method, configure
 from advtune.options import as_options
+from advtune.recipe import Recipe
 
 if TYPE_CHECKING:
     from advtune.study import Study
@@ -71,11 +73,15 @@ class Run:
         facts: dict[str, Any] = {"method": self.method, "backbone": self.backbone, "data": self.data}
         if self.method == ZERO_SHOT:
             return facts | {"subset": self.subset}  # where it stands; nothing is tuned
-        epochs = {} if self.epochs is None else {"epochs": self.epochs}
-        method, recipe, attack = configure(self.method, {**self.options, **epochs}, self.train_attack)
+        method, recipe, attack = self.configured()
         facts |= {"subset": self.subset, "part": self.part, "shots": self.shots, "seed": self.seed}
         facts |= {"limit": self.limit, "options": as_options(method), "recipe": as_options(recipe)}
         return facts | {"attack": as_options(attack)}
+
+    def configured(self) -> tuple[Method, Recipe, PGD]:
+        """The method, its recipe and its training attack. Raises UserError as `configure`."""
+        epochs = {} if self.epochs is None else {"epochs": self.epochs}
+        return configure(self.method, {**self.options, **epochs}, self.train_attack)
 
     @property
     def key(self) -> str:

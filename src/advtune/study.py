@@ -13,7 +13,7 @@ from typing import Any
 
 from advtune.attacks import ATTACKS
 from advtune.errors import UserError
-from advtune.grid import Outcome, work
+from advtune.grid import Bench, Outcome, alone, through
 from advtune.methods import METHODS
 from advtune.options import as_options, fill
 from advtune.protocols import NEEDS_DATA, PROTOCOLS, Run
@@ -266,15 +266,16 @@ def run_study(
     for a study that cannot be planned; KeyboardInterrupt says how to go on.
     """
     out, wanted = Path(out), plan(study)
-    claim(study, wanted, out, extend)
-    return work(wanted, out, device=device, precision=precision, batch_size=batch_size, show=show)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give --out a folder")
+    with alone(out):
+        claim(study, wanted, out, extend)
+        return through(wanted, Bench(out, device, precision, batch_size, show))
 
 
 def claim(study: Study, wanted: list[Run], out: Path, extend: bool) -> None:
     """Write OUT/study.toml. Raises UserError when OUT holds another study and this is not to take its place."""
     kept = out / FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give --out a folder")
     if kept.is_file() and not extend:
         before = from_facts(read(kept), str(kept))
         if same(plan(before), wanted):
