@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -454,6 +455,13 @@ REFUSED = {
     "attack eps": ({"attacks": [{"name": "pgd", "eps": 4}]}, "write 4/255"),
     "attack twice": ({"attacks": [QUICK, QUICK]}, "name the same thing twice"),
     "none with eps": ({"attacks": [{"name": "none", "eps": 0}]}, "clean accuracy alone"),
+    "protocol list": ({"protocol": ["few-shot"]}, "is not a text"),
+    "attack name list": ({"attacks": [{"name": ["pgd"]}]}, "a table with a name"),
+    "attack text": ({"attacks": ["pgd"]}, "a table with a name"),
+    "options text": ({"options": "lr=1"}, "options is a table"),
+    "train_attack text": ({"train_attack": "eps=1/255"}, "train_attack is a table"),
+    "method text": ({"method": "x"}, "method is a table"),
+    "curve in l2": ({"protocol": "eps-curve", "attacks": [{"name": "cw-l2"}]}, "a curve in l2 has no usual eps"),
     "curve": ({"protocol": "eps-curve", "attacks": [{"name": "none"}]}, "needs an attack"),
 }
 
@@ -465,6 +473,17 @@ def test_a_wrong_study_gets_one_line(name):
     facts = {key: value for key, value in facts.items() if value is not None}
     with pytest.raises(UserError, match=re.escape(message)) as told:
         plan(from_facts(facts))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_study_gets_one_line_whatever_flags_lie_over_it(name, monkeypatch):
+    changes, message = REFUSED[name]
+    facts = {"protocol": "few-shot", "methods": ["tecoa"], "data": ["cifar10"]} | changes
+    monkeypatch.setattr("advtune.study.read", lambda path: {k: v for k, v in facts.items() if v is not None})
+    flags = {"study": "s.toml", "options": ["lr=1", "tecoa.warmup=1"], "train_attack": ["eps=1/255"]}
+    with pytest.raises(UserError, match=re.escape(message)) as told:
+        plan(from_flags(flags))
     assert "\n" not in str(told.value)
 
 
@@ -504,6 +523,39 @@ def test_flags_lie_over_the_file(tmp_path):
     with pytest.raises(UserError, match="--eps goes with an attack"):
         from_flags(flags | {"attack": ["none"], "attack_options": None})
     assert from_flags(flags | {"attack": ["none"], "eps": None, "attack_options": None}).evaluation() == (None,)
+
+
+def test_flags_take_the_place_of_what_the_file_says_in_any_table(monkeypatch):
+    facts = {"protocol": "few-shot", "methods": ["tecoa", "vpt"], "data": ["cifar10"], "shots": [1]}
+    facts |= {"options": {"epochs": 50, "lr": 0.3}, "method": {"tecoa": {"lr": 0.5, "epochs": 9}, "vpt": {"depth": 3}}}
+    monkeypatch.setattr("advtune.study.read", lambda path: dict(facts))
+    flags = {"study": "s.toml", "epochs": 1, "options": ["lr=0.01", "vpt.lr=0.02"]}
+    tecoa, vpt = (run.settings() for run in plan(from_flags(flags)))
+    assert [(run["recipe"]["epochs"], run["recipe"]["lr"]) for run in (tecoa, vpt)] == [(1, 0.01), (1, 0.02)]
+    assert vpt["options"]["depth"] == 3
+    tecoa, vpt = (run.settings() for run in plan(from_flags(flags | {"epochs": None, "options": ["epochs=2"]})))
+    assert [run["recipe"]["epochs"] for run in (tecoa, vpt)] == [2, 2]
+    with pytest.raises(UserError, match="--epochs and -o epochs say the same; give one"):
+        from_flags(flags | {"options": ["epochs=2"]})
+
+
+def test_a_curve_keeps_its_eps_under_flags():
+    flags = {"study": "eps-curve", "methods": ["zero-shot"], "data": ["cifar10"]}
+    for more in ({}, {"attack_options": ["steps=7"]}, {"attack": ["pgd"]}, {"attack": ["autoattack"]}):
+        (run,) = plan(from_flags(flags | more))
+        assert [round(attack.eps * 255) for attack in run.attacks] == [1, 2, 4, 8], more
+    (run,) = plan(from_flags(flags | {"attack": ["pgd"], "eps": ["2/255", "3/255"]}))
+    assert [(round(attack.eps * 255), attack.steps) for attack in run.attacks] == [(2, 100), (3, 100)]
+    (run,) = plan(from_flags(flags | {"study": "few-shot", "attack": ["pgd", "autoattack"]}))
+    assert run.attacks == (PGD(eps=1 / 255, steps=100), AutoAttack(eps=1 / 255))
+
+
+def test_clean_alone_may_be_none_in_python(study, tmp_path):
+    study = replace(study, methods=("zero-shot",), attacks=({"name": None},))
+    assert study.attacks == ({"name": "none"},)
+    assert from_facts(tomllib.loads(write(study))) == study
+    for _ in range(2):
+        assert len(run_study(study, tmp_path, show=False).rows) == 1
 
 
 def test_the_verb(images, clip_folder, tmp_path, capsys, calls):

@@ -11,15 +11,17 @@ from itertools import product
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from advtune.attacks import PGD
+from advtune.attacks import ATTACKS, PGD
+from advtune.errors import UserError, near
 from advtune.methods import Method, configure
-from advtune.options import as_options
+from advtune.options import as_options, fill
 from advtune.recipe import Recipe
 
 if TYPE_CHECKING:
     from advtune.study import Study
 
-ZERO_SHOT = "zero-shot"
+ZERO_SHOT, NONE = "zero-shot", "none"  # a method that trains nothing; the attack that is clean accuracy alone
+CURVE = ["1/255", "2/255", "4/255", "8/255"]
 FEW = (1, 2, 4, 8, 16, None)  # None: all images
 USUAL = (16,)
 # What prompts tuned on ImageNet are tested on (Zhou et al., arXiv:2203.05557).
@@ -98,6 +100,26 @@ def slug(text: str) -> str:
     """A text as a folder's name: the last part of a path, and of that what every file system takes."""
     last = PurePath(text.partition(":")[2] or text).name
     return re.sub(r"[^A-Za-z0-9.=]+", "-", last).strip("-.")[:60] or "run"
+
+
+def attacks_of(facts: Mapping[str, Any], curve: bool = False) -> list[Any]:
+    """The attacks of one entry of a study: {"name": "pgd", "eps": ["1/255", "4/255"], "steps": 100}, ascending; what
+    it does not say is the attack's default, and a curve's eps CURVE. Raises UserError for what does not fit."""
+    name, what = facts["name"], f"attack {facts['name']}"
+    if name == NONE:
+        if len(facts) > 1:
+            raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
+        return [None]
+    if name not in ATTACKS:
+        raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
+    one = fill(ATTACKS[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)
+    if curve and "eps" not in facts and one.norm != "linf":
+        raise UserError(f"study: {what}: a curve in {one.norm} has no usual eps; give several, as 0.25 0.5 1")
+    radii = facts.get("eps", CURVE if curve else one.eps)
+    found = [fill(one, {"eps": eps}, what) for eps in (radii if isinstance(radii, (list, tuple)) else [radii])]
+    if not found:
+        raise UserError(f"study: {what}: eps has no value; give one, as 1/255")
+    return sorted(found, key=lambda attack: attack.eps)
 
 
 def few_shot(study: Study) -> list[Run]:
