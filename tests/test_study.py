@@ -8,6 +8,7 @@ import shutil
 import sys
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +127,27 @@ def test_a_key_changes_with_all_that_decides_the_model():
     other = replace(run, data="folder:a/photos").key, replace(run, data="folder:b/photos").key
     assert other[0].startswith("photos/")
     assert other[0] != other[1]
+
+
+def test_a_path_has_one_spelling_and_a_label_a_folder():
+    run = Run("tecoa", "folder:a/photos", (Slice("csv:a/x.csv"),), backbone="runs/t")
+    assert replace(run, data="folder:./a//photos/", tests=(Slice("csv:./a/x.csv"),), backbone="./runs/t/") == run
+    for same in ("cifar10", "hf:owner/name:config", "folder:/a", "folder:", "openai/clip-vit-base-patch32", "mini", ""):
+        assert Run("tecoa", same, (), backbone=same) == replace(run, data=same, tests=(), backbone=same)
+        assert Run("tecoa", same, ()).data == same
+    with pytest.raises(UserError, match="twice"):
+        small(data=["folder:a", "folder:./a"])
+    labelled = replace(run, label="x")
+    assert labelled.settings() == run.settings()
+    assert labelled.key != run.key
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")), ids=lambda path: path.stem)
+def test_recipes_can_be_planned(path):
+    study = from_facts(read_toml(path))
+    assert plan(study)
+    text = path.read_text(encoding="utf-8")
+    assert not study.paper or f"advtune report --against {study.paper} runs/{path.stem}" in text
 
 
 def test_slugs_are_folders():
@@ -461,6 +483,12 @@ REFUSED = {
     "options text": ({"options": "lr=1"}, "options is a table"),
     "train_attack text": ({"train_attack": "eps=1/255"}, "train_attack is a table"),
     "method text": ({"method": "x"}, "method is a table"),
+    "set": ({"data": ["cifar11"]}, "did you mean cifar10?"),
+    "set trained on": ({"protocol": "transfer", "train_on": "tiny-imagenet"}, "did you mean tinyimagenet?"),
+    "kind of set": ({"data": ["folders:photos"]}, "of your own: folder:PATH"),
+    "paper": ({"paper": "fapp"}, "no published numbers of 'fapp'; did you mean fap?"),
+    "paper's table": ({"paper": "fap", "table": "few-shots"}, "fap has no table 'few-shots'; did you mean few-shot?"),
+    "table of no paper": ({"table": "few-shot"}, "is of no paper"),
     "curve in l2": ({"protocol": "eps-curve", "attacks": [{"name": "cw-l2"}]}, "a curve in l2 has no usual eps"),
     "curve": ({"protocol": "eps-curve", "attacks": [{"name": "none"}]}, "needs an attack"),
 }
@@ -491,7 +519,7 @@ def test_toml_reads_back(tmp_path):
     study = small(
         "transfer", train_on="imagenet", shots=[1, "all"], backbone='a "quoted" \\ näme', limit=5, epochs=2,
         options={"lr": 0.01, "augment": False}, method={"tecoa": {"warmup": 3}}, train_attack={"eps": "1/255"},
-        attacks=[{"name": "pgd", "eps": ["1/255", 0.5], "steps": 3}, {"name": "none"}], paper="fap", table="x",
+        attacks=[{"name": "pgd", "eps": ["1/255", 0.5], "steps": 3}, {"name": "none"}], paper="fap", table="few-shot",
     )  # fmt: skip
     path = tmp_path / "study.toml"
     path.write_text(write(study), encoding="utf-8")
@@ -576,7 +604,12 @@ def test_the_verb(images, clip_folder, tmp_path, capsys, calls):
     calls.clear()
     assert main(["study", str(out / "study.toml"), "--out", str(out)]) == 0
     assert calls == []
-    assert "Harmonic means" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Harmonic means" in printed
+    assert "--against" not in printed
+    (out / "study.toml").write_text((out / "study.toml").read_text() + 'paper = "fap"\n')
+    assert main(["study", str(out / "study.toml"), "--out", str(out)]) == 0
+    assert f"Beside the paper's: advtune report --against fap {out}\n" in capsys.readouterr().out
     assert main([*arguments, "--dry-run", "--json"]) == 0
     assert [run["done"] for run in json.loads(capsys.readouterr().out)] == [True, True]
     assert main([*arguments[:-2], "--dry-run", "--json"]) == 0  # without a folder nothing is done

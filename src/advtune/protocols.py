@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from advtune.attacks import ATTACKS, PGD
+from advtune.data.task import OPENERS
 from advtune.errors import UserError, near
 from advtune.methods import Method, configure
 from advtune.options import as_options, fill
@@ -42,6 +43,9 @@ class Slice:
     part: str = "test"
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", local(self.data))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -49,7 +53,8 @@ class Run:
 
     shots: images a class, none for all. options: fields of the method and its recipe; train_attack: of the training
     attack. curve: the attacks differ in eps alone and run as one, so that what fell at a smaller eps stays fallen.
-    seed is the training's, attack_seed the evaluation's. label is for people; it decides nothing.
+    seed is the training's, attack_seed the evaluation's. label names the folder in the method's
+    place: equal settings under two labels are two runs.
     """
 
     method: str
@@ -68,6 +73,10 @@ class Run:
     curve: bool = False
     attack_seed: int = 0
     label: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "backbone"):
+            object.__setattr__(self, name, local(getattr(self, name)))
 
     def settings(self) -> dict[str, Any]:
         """All that decides the tuned model, defaults filled in, JSON-ready. Raises UserError for options that do
@@ -94,6 +103,12 @@ class Run:
         amount = "all" if self.shots is None else f"{self.shots}shots"
         detail = "" if self.method == ZERO_SHOT else f"{amount}-seed{self.seed}-"
         return f"{place}/{slug(self.label or self.method)}/{detail}{digest}"
+
+
+def local(spec: str) -> str:
+    """A data spec or a backbone with its path written in one way: folder:./photos/ is folder:photos."""
+    kind, colon, where = spec.rpartition(":") if spec.startswith(tuple(OPENERS)) else ("", "", spec)
+    return f"{kind}{colon}{PurePath(where).as_posix()}" if where else spec
 
 
 def slug(text: str) -> str:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from advtune.attacks import ATTACKS
+from advtune.data.catalog import names
+from advtune.data.task import FORMS, OPENERS
 from advtune.errors import UserError, near
 from advtune.grid import Bench, Outcome, alone, through
 from advtune.methods import METHODS
 from advtune.options import as_options
-from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_of
+from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_of, local
+from advtune.report.published import papers
 from advtune.results import write_atomic
 
 FILE = "study.toml"
@@ -37,7 +40,8 @@ class Study:
     shots: numbers of images a class, or "all". seeds: of the training. limit, train_limit: so many test and training
     images. options: method and recipe fields for every method, `method[NAME]` for one; train_attack: fields of the
     training attack. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none: clean alone.
-    paper, table: what it reproduces. Raises UserError, one line, for what is unknown, missing or of the wrong type.
+    paper, table: what it reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown,
+    missing or of the wrong type.
     """
 
     protocol: str
@@ -62,6 +66,8 @@ class Study:
         typed(vars(self))
         for name in (*LISTS, "attacks"):  # a list from TOML or Python is kept as a tuple
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "data", tuple(map(local, self.data)))
+        object.__setattr__(self, "train_on", local(self.train_on))
         attacks = tuple({**each, "name": NONE if each["name"] is None else each["name"]} for each in self.attacks)
         object.__setattr__(self, "attacks", attacks)
         check(self)
@@ -115,6 +121,15 @@ def check(study: Study) -> None:
             raise UserError(f"study: unknown method {method!r}; {near(method, METHODS)}")
     if idle := [method for method in study.method if method not in study.methods]:
         raise UserError(f"study: options for {idle[0]}, which is not among the methods; add it or remove them")
+    for spec in (*study.data, *([study.train_on] if study.train_on else [])):
+        if spec not in names() and spec.partition(":")[0] not in OPENERS:
+            raise UserError(f"study: unknown set {spec!r}; {near(spec, names())}; of your own: {FORMS}")
+    if study.table and not study.paper:
+        raise UserError(f'study: table {study.table!r} is of no paper; name it: paper = "fap"')
+    if study.paper and study.paper not in papers():
+        raise UserError(f"study: no published numbers of {study.paper!r}; {near(study.paper, papers())}")
+    if study.table and study.table not in (tables := papers()[study.paper]["tables"]):
+        raise UserError(f"study: {study.paper} has no table {study.table!r}; {near(study.table, tables)}")
     if study.protocol in NEEDS_DATA and not study.data:
         raise UserError(f'study: {study.protocol} needs data: data = ["cifar10"]; see: advtune list data')
     if study.protocol in NEEDS_DATA and study.train_on:
