@@ -642,21 +642,53 @@ def test_costs_by_hand(images, tmp_path):
     attack = PGD(eps=1 / 255, steps=10)
     run = Run("tecoa", images, (Slice(images),), (attack, None), shots=2, epochs=3)
     (one,) = cost.costs([run], tmp_path)
-    # 4 classes x 2 shots x 3 epochs, 2 attack steps + adversarial and clean; 4 x 2 test images, 10 steps
-    assert one.train == (24 * 1, 24 * 4)
+    # 4 classes x 2 shots x 3 epochs, 2 attack steps + the adversarial image; 4 x 2 test images, 10 steps
+    assert one.train == (0, 24 * 3)
     assert one.evaluate == (8 + 8 + 8, 80)
-    assert one.hours((3600.0, 0.0)) == 24 + 24
-    assert one.hours((0.0, 3600.0), typical=True) == pytest.approx(96 + 80 / 3)
+    assert one.hours((3600.0, 0.0)) == 24
+    assert one.hours((0.0, 3600.0), typical=True) == pytest.approx(72 + 80 / 3)
     assert cost.attacked(AutoAttack()) == (3 + 5000, 100 + 900 + 900)
     (known,) = cost.costs([Run("tecoa", "cifar10", (Slice("cifar10", limit=100),), (None,), subset="base")], tmp_path)
-    assert known.train[1] == 25000 * 10 * 4
+    assert known.train[1] == 25000 * 10 * 3
     assert known.evaluate == (100, 0)
     (few,) = cost.costs([Run("tecoa", "caltech101", (Slice("caltech101"),), (None,), shots=2)], tmp_path)
-    assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 4
+    assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 3
     assert few.evaluate is None  # the catalog has no counts, and the data is not here
     (unknown,) = cost.costs([replace(run, data="hf:owner/name")], tmp_path)
     assert unknown.train is None
     assert unknown.hours((1.0, 1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "forwards", "gradients"),
+    [  # of one image in 5 epochs; s: steps of the attack
+        ("tecoa", {}, 0, 5 * (2 + 1)),  # s, x'
+        ("fare", {}, 1, 5 * (10 + 1)),  # once: phi0(x)
+        ("pmg-aft", {}, 5 * 1, 5 * (2 + 2)),  # f0(x'); s, x', x
+        ("coop", {}, 5, 0),  # x, through a tower that nothing learns in
+        ("vpt", {}, 0, 5),
+        ("apt", {}, 5, 5 * 3),  # x' through the frozen tower; s
+        ("advpt", {}, 2, 10),  # once: e0(x), e(x') and s; the towers see no image while tuning
+        ("capt", {}, 5, 5 * (3 + 2)),  # f0(x), augmented; s, x', x
+        ("capt", {"augment": False}, 1, 5 * (3 + 2)),
+        ("capt", {"augment": False, "lam": 0.0, "ce": "adversarial"}, 1, 5 * (3 + 1)),
+        ("apd", {"teacher": "online"}, 0, 5 * (2 + 2)),
+        ("apd", {"teacher": "offline"}, 5, 5 * (1 + 2 + 1)),  # teacher's cycle: x; then t(x), s, x'
+        ("fap", {"lam": 0.0}, 0, 5),
+    ],
+)
+def test_training_costs_by_hand(method, options, forwards, gradients):
+    run = Run(method, "cifar10", (), options=options, epochs=5)
+    assert cost.training(run, 1) == pytest.approx((forwards, gradients))
+    assert cost.training(run, 7) == pytest.approx((7 * forwards, 7 * gradients))
+
+
+def test_training_costs_of_the_attack_s_own_fields():
+    way = {"steps": 4, "keep": "best", "early_stop": True, "restarts": 2}
+    run = Run("tecoa", "cifar10", (), epochs=1, train_attack=way)
+    assert cost.training(run, 1) == (2, 2 * 4 + 1)  # a look at each last iterate; no image leaves
+    with pytest.raises(UserError, match="set augment=false"):
+        cost.training(Run("advpt", "cifar10", (), options={"augment": True}), 1)
 
 
 def test_python_can_do_what_the_recipes_do(images, clip_folder, tmp_path):

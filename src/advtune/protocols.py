@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from advtune.attacks import ATTACKS, PGD
 from advtune.data.task import OPENERS
 from advtune.errors import UserError, near
-from advtune.methods import Method, configure
+from advtune.methods import configure
 from advtune.options import as_options, fill
 from advtune.recipe import Recipe
 
@@ -89,7 +89,7 @@ class Run:
         facts |= {"limit": self.limit, "options": as_options(method), "recipe": as_options(recipe)}
         return facts | {"attack": as_options(attack)}
 
-    def configured(self) -> tuple[Method, Recipe, PGD]:
+    def configured(self) -> tuple[Any, Recipe, PGD]:
         """The method, its recipe and its training attack. Raises UserError as `configure`."""
         epochs = {} if self.epochs is None else {"epochs": self.epochs}
         return configure(self.method, {**self.options, **epochs}, self.train_attack)
