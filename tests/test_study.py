@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +129,27 @@ def test_a_key_changes_with_all_that_decides_the_model():
     assert other[0] != other[1]
 
 
+def test_a_path_has_one_spelling_and_a_label_a_folder():
+    run = Run("tecoa", "folder:a/photos", (Slice("csv:a/x.csv"),), backbone="runs/t")
+    assert replace(run, data="folder:./a//photos/", tests=(Slice("csv:./a/x.csv"),), backbone="./runs/t/") == run
+    for same in ("cifar10", "hf:owner/name:config", "folder:/a", "folder:", "openai/clip-vit-base-patch32", "mini", ""):
+        assert Run("tecoa", same, (), backbone=same) == replace(run, data=same, tests=(), backbone=same)
+        assert Run("tecoa", same, ()).data == same
+    with pytest.raises(UserError, match="twice"):
+        small(data=["folder:a", "folder:./a"])
+    labelled = replace(run, label="x")
+    assert labelled.settings() == run.settings()
+    assert labelled.key != run.key
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")), ids=lambda path: path.stem)
+def test_recipes_can_be_planned(path):
+    study = from_facts(read_toml(path))
+    assert plan(study)
+    text = path.read_text(encoding="utf-8")
+    assert not study.paper or f"advtune report --against {study.paper} runs/{path.stem}" in text
+
+
 def test_slugs_are_folders():
     assert [slug(text) for text in ("folder:/x/my photos", "hf:owner/name", "a/../..", "..", "tecoa lr=0.1")] == [
         "my-photos", "name", "run", "run", "tecoa-lr=0.1",
@@ -176,10 +200,10 @@ def test_more_attacks_do_not_tune_again(study, calls, tmp_path):
     assert len(read(*out.rglob("results.jsonl"))) == 4
     for changed in ({"steps": 3}, {"loss": "margin"}, {"step_size": "1/255"}):
         run = plan(replace(study, attacks=({**QUICK, **changed},)))[1]
-        assert grid.missing(run, grid.known(run, out / run.key)), changed
+        assert grid.missing(run, grid.rows_of(run, out / run.key)), changed
     for changed in (replace(study, limit=3), replace(study, attack_seed=1)):
         run = plan(changed)[1]
-        assert grid.missing(run, grid.known(run, out / run.key))
+        assert grid.missing(run, grid.rows_of(run, out / run.key))
 
 
 def test_a_failed_run_does_not_stop_the_rest(study, tmp_path, monkeypatch, capsys):
@@ -270,10 +294,107 @@ def test_rows_of_other_settings_are_refused(study, clip_folder, tmp_path):
     )
     wider = replace(study, methods=("tecoa",), attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
     failed = run_study(wider, out, extend=True).failed
-    assert ["another backbone" in each.error for each in failed] == [True]
+    assert [each.error.startswith("backbone") for each in failed] == [True]
 
 
-def test_done_runs_on_another_backbone_are_told(study, tmp_path, clip_folder):
+def test_rows_that_a_study_would_not_have_made_are_no_answer(study, calls, images, tmp_path):
+    out = tmp_path / "out"
+    study = replace(study, methods=("tecoa",))
+    own = run_study(study, out).rows
+    (run,) = plan(study)
+    folder = out / run.key
+    for how in ({"resolution": 28}, {"template": "junk {}"}):
+        (folder / runs.RESULTS).unlink()
+        task = advtune.load_task(images, template=how.pop("template", None))
+        advtune.evaluate(str(folder), task, run.attacks[0], out=folder, show=False, **how)
+        calls.clear()
+        again = run_study(study, out, extend=True, show=False)
+        assert calls.count("evaluate_all") == 1
+        assert [row.flags for row in again.rows] == [row.flags for row in own]
+        assert len(read(folder / runs.RESULTS)) == 2
+    for changes in ({"skipped": ["x"]}, {"subset": "base"}, {"shots": 1}, {"limit": 3}, {"spec": "cifar10"}):
+        assert not grid.answers(replace(own[0], data={**own[0].data, **changes}), run, run.tests[0], run.attacks[0])
+        if "spec" not in changes:
+            other = replace(own[0], train={**own[0].train, "shots": 1, **changes})
+            assert grid.tuned_as(other, run) == (changes == {"shots": 1})
+
+
+def test_an_evaluation_by_hand_beside_the_study_s_own_is_left_alone(study, images, tmp_path):
+    study, out = replace(study, methods=("tecoa",)), tmp_path / "out"
+    (own,) = run_study(study, out, precision="fp32", show=False).rows
+    (run,) = plan(study)
+    advtune.evaluate(advtune.load(str(out / run.key), precision="bf16"), images, run.attacks[0], out=out / run.key)
+    assert len(read(out / run.key / runs.RESULTS)) == 2
+    again = run_study(study, out, show=False)
+    assert ([row.to_json() for row in again.rows], again.failed) == ([own.to_json()], [])
+
+
+def test_all_of_a_study_is_of_the_same_weights_images_and_words(study, images, tmp_path):
+    out = tmp_path / "out"
+    rows = run_study(study, out, show=False).rows
+    tuned = plan(study)[1]
+    path = out / tuned.key / runs.RESULTS
+    (row,) = read(path)
+    for name, changes in {
+        "images of": {"data": {**row.data, "sha256": "0"}},
+        "class texts": {"data": {**row.data, "texts_sha256": "0"}},
+        "backbone": {"backbone": {**row.backbone, "sha256": "0"}},
+        "precision": {"precision": "bf16" if row.precision == "fp32" else "fp32"},
+    }.items():
+        path.write_text(replace(row, **changes).to_json() + "\n")
+        outcome = run_study(study, out, show=False)
+        assert [each.error.startswith(name) for each in outcome.failed] == [True], name
+        assert str(out / rows[0].data["name"]) in outcome.failed[0].error
+        assert [each.method for each in outcome.rows] == ["zero-shot"]
+    wider = replace(study, methods=("tecoa",), seeds=(0, 1), attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
+    path.write_text(replace(row, model="0").to_json() + "\n")
+    failed = run_study(wider, out, extend=True, show=False).failed
+    assert [(each.key, each.error.split()[0]) for each in failed] == [(tuned.key, "model")]
+    path.write_text(replace(row, train={**row.train, "sha256": "0"}).to_json() + "\n")
+    other = replace(study, methods=("tecoa", "vpt"), epochs=None, options={"batch_size": 4, "epochs": 1})
+    failed = run_study(other, out, extend=True, show=False).failed
+    assert [each.error.startswith("images of") and "1 shots" in each.error for each in failed] == [True]
+
+
+def test_precision_that_is_asked_for_is_had(study, calls, tmp_path):
+    study = replace(study, methods=("zero-shot",))
+    run_study(study, tmp_path, precision="fp32", show=False)
+    calls.clear()
+    assert not run_study(study, tmp_path, precision="fp32", show=False).failed
+    failed = run_study(study, tmp_path, precision="bf16", show=False).failed
+    assert [each.error.startswith("precision: not the same as in --precision bf16") for each in failed] == [True]
+    assert calls == []
+
+
+def test_a_tower_that_was_tuned_again_is_another(study, images, clip_folder, tmp_path):
+    tower, out = tmp_path / "tower", tmp_path / "out"
+
+    def retune(lr):
+        advtune.tune(
+            "tecoa", str(clip_folder), images, epochs=1, options={"lr": lr}, out=tower, overwrite=True, show=False
+        )
+
+    retune(1e-3)
+    zero = replace(study, methods=("zero-shot",), backbone=str(tower))
+    run_study(zero, out, show=False)
+    retune(0.1)
+    wider = replace(zero, attacks=({**QUICK, "eps": ["2/255", "4/255"]},))
+    outcome = run_study(wider, out, extend=True, show=False)
+    assert [each.error.split(":")[0] for each in outcome.failed] == [f"backbone {tower}"]
+    assert len(outcome.rows) == len(read(*out.rglob("results.jsonl"))) == 1
+
+
+def test_images_that_changed_under_their_name_are_told(study, images, tmp_path):
+    zero, out = replace(study, methods=("zero-shot",)), tmp_path / "out"
+    run_study(zero, out, show=False)
+    shutil.rmtree(tmp_path / "four")
+    write_images(tmp_path / "four", ("red", "green", "blue", "grey"), train=3, test=3)
+    outcome = run_study(replace(zero, attacks=({**QUICK, "eps": ["2/255", "4/255"]},)), out, extend=True, show=False)
+    assert [each.error.startswith(f"images of {images}") for each in outcome.failed] == [True]
+    assert len(outcome.rows) == len(read(*out.rglob("results.jsonl"))) == 1
+
+
+def test_a_backbone_that_changed_under_its_name_is_told(study, tmp_path, clip_folder):
     out, towers = tmp_path / "out", tmp_path / "clip"
     shutil.copytree(clip_folder, towers)
     zero = replace(study, methods=("zero-shot",), backbone=str(towers))
@@ -281,8 +402,26 @@ def test_done_runs_on_another_backbone_are_told(study, tmp_path, clip_folder):
     write_clip(towers, seed=5)  # other weights, the same name
     assert not run_study(zero, out).failed  # nothing to do: the backbone is not read
     outcome = run_study(replace(zero, methods=("zero-shot", "tecoa")), out, extend=True)
-    assert ["another backbone" in each.error for each in outcome.failed] == [True]
-    assert "zero-shot" in outcome.failed[0].key
+    (failed,) = outcome.failed
+    assert "tecoa" in failed.key
+    assert failed.error.startswith(f"backbone {towers}: not the same as in {out / plan(zero)[0].key}; remove one")
+    assert not list(out.rglob(runs.DELTA))  # told before anything is tuned
+
+
+def test_two_processes_do_not_work_in_one_folder(study, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    path = tmp_path / "study.toml"
+    path.write_text(write(study), encoding="utf-8")
+    with grid.alone(out):
+        assert main(["study", str(path), "--out", str(out), "--extend"]) == 2
+        assert "another process works here; wait for it, or choose another --out\n" in capsys.readouterr().err
+        with pytest.raises(UserError, match="another process works here"):
+            grid.work(plan(study), out)
+    assert [each.name for each in out.iterdir()] == [grid.LOCK]
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with grid.alone(out), grid.alone(out):
+        assert len(run_study(study, out, show=False).rows) == 2
 
 
 def test_harmonic_means_by_hand(study, images, tmp_path):
@@ -338,6 +477,19 @@ REFUSED = {
     "attack eps": ({"attacks": [{"name": "pgd", "eps": 4}]}, "write 4/255"),
     "attack twice": ({"attacks": [QUICK, QUICK]}, "name the same thing twice"),
     "none with eps": ({"attacks": [{"name": "none", "eps": 0}]}, "clean accuracy alone"),
+    "protocol list": ({"protocol": ["few-shot"]}, "is not a text"),
+    "attack name list": ({"attacks": [{"name": ["pgd"]}]}, "a table with a name"),
+    "attack text": ({"attacks": ["pgd"]}, "a table with a name"),
+    "options text": ({"options": "lr=1"}, "options is a table"),
+    "train_attack text": ({"train_attack": "eps=1/255"}, "train_attack is a table"),
+    "method text": ({"method": "x"}, "method is a table"),
+    "set": ({"data": ["cifar11"]}, "did you mean cifar10?"),
+    "set trained on": ({"protocol": "transfer", "train_on": "tiny-imagenet"}, "did you mean tinyimagenet?"),
+    "kind of set": ({"data": ["folders:photos"]}, "of your own: folder:PATH"),
+    "paper": ({"paper": "fapp"}, "no published numbers of 'fapp'; did you mean fap?"),
+    "paper's table": ({"paper": "fap", "table": "few-shots"}, "fap has no table 'few-shots'; did you mean few-shot?"),
+    "table of no paper": ({"table": "few-shot"}, "is of no paper"),
+    "curve in l2": ({"protocol": "eps-curve", "attacks": [{"name": "cw-l2"}]}, "a curve in l2 has no usual eps"),
     "curve": ({"protocol": "eps-curve", "attacks": [{"name": "none"}]}, "needs an attack"),
 }
 
@@ -352,11 +504,22 @@ def test_a_wrong_study_gets_one_line(name):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_study_gets_one_line_whatever_flags_lie_over_it(name, monkeypatch):
+    changes, message = REFUSED[name]
+    facts = {"protocol": "few-shot", "methods": ["tecoa"], "data": ["cifar10"]} | changes
+    monkeypatch.setattr("advtune.study.read", lambda path: {k: v for k, v in facts.items() if v is not None})
+    flags = {"study": "s.toml", "options": ["lr=1", "tecoa.warmup=1"], "train_attack": ["eps=1/255"]}
+    with pytest.raises(UserError, match=re.escape(message)) as told:
+        plan(from_flags(flags))
+    assert "\n" not in str(told.value)
+
+
 def test_toml_reads_back(tmp_path):
     study = small(
         "transfer", train_on="imagenet", shots=[1, "all"], backbone='a "quoted" \\ näme', limit=5, epochs=2,
         options={"lr": 0.01, "augment": False}, method={"tecoa": {"warmup": 3}}, train_attack={"eps": "1/255"},
-        attacks=[{"name": "pgd", "eps": ["1/255", 0.5], "steps": 3}, {"name": "none"}], paper="fap", table="x",
+        attacks=[{"name": "pgd", "eps": ["1/255", 0.5], "steps": 3}, {"name": "none"}], paper="fap", table="few-shot",
     )  # fmt: skip
     path = tmp_path / "study.toml"
     path.write_text(write(study), encoding="utf-8")
@@ -390,6 +553,39 @@ def test_flags_lie_over_the_file(tmp_path):
     assert from_flags(flags | {"attack": ["none"], "eps": None, "attack_options": None}).evaluation() == (None,)
 
 
+def test_flags_take_the_place_of_what_the_file_says_in_any_table(monkeypatch):
+    facts = {"protocol": "few-shot", "methods": ["tecoa", "vpt"], "data": ["cifar10"], "shots": [1]}
+    facts |= {"options": {"epochs": 50, "lr": 0.3}, "method": {"tecoa": {"lr": 0.5, "epochs": 9}, "vpt": {"depth": 3}}}
+    monkeypatch.setattr("advtune.study.read", lambda path: dict(facts))
+    flags = {"study": "s.toml", "epochs": 1, "options": ["lr=0.01", "vpt.lr=0.02"]}
+    tecoa, vpt = (run.settings() for run in plan(from_flags(flags)))
+    assert [(run["recipe"]["epochs"], run["recipe"]["lr"]) for run in (tecoa, vpt)] == [(1, 0.01), (1, 0.02)]
+    assert vpt["options"]["depth"] == 3
+    tecoa, vpt = (run.settings() for run in plan(from_flags(flags | {"epochs": None, "options": ["epochs=2"]})))
+    assert [run["recipe"]["epochs"] for run in (tecoa, vpt)] == [2, 2]
+    with pytest.raises(UserError, match="--epochs and -o epochs say the same; give one"):
+        from_flags(flags | {"options": ["epochs=2"]})
+
+
+def test_a_curve_keeps_its_eps_under_flags():
+    flags = {"study": "eps-curve", "methods": ["zero-shot"], "data": ["cifar10"]}
+    for more in ({}, {"attack_options": ["steps=7"]}, {"attack": ["pgd"]}, {"attack": ["autoattack"]}):
+        (run,) = plan(from_flags(flags | more))
+        assert [round(attack.eps * 255) for attack in run.attacks] == [1, 2, 4, 8], more
+    (run,) = plan(from_flags(flags | {"attack": ["pgd"], "eps": ["2/255", "3/255"]}))
+    assert [(round(attack.eps * 255), attack.steps) for attack in run.attacks] == [(2, 100), (3, 100)]
+    (run,) = plan(from_flags(flags | {"study": "few-shot", "attack": ["pgd", "autoattack"]}))
+    assert run.attacks == (PGD(eps=1 / 255, steps=100), AutoAttack(eps=1 / 255))
+
+
+def test_clean_alone_may_be_none_in_python(study, tmp_path):
+    study = replace(study, methods=("zero-shot",), attacks=({"name": None},))
+    assert study.attacks == ({"name": "none"},)
+    assert from_facts(tomllib.loads(write(study))) == study
+    for _ in range(2):
+        assert len(run_study(study, tmp_path, show=False).rows) == 1
+
+
 def test_the_verb(images, clip_folder, tmp_path, capsys, calls):
     out = tmp_path / "out"
     arguments = ["study", "base-to-new", "--methods", "zero-shot", "tecoa", "--data", images, "--shots", "1"]
@@ -408,7 +604,12 @@ def test_the_verb(images, clip_folder, tmp_path, capsys, calls):
     calls.clear()
     assert main(["study", str(out / "study.toml"), "--out", str(out)]) == 0
     assert calls == []
-    assert "Harmonic means" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Harmonic means" in printed
+    assert "--against" not in printed
+    (out / "study.toml").write_text((out / "study.toml").read_text() + 'paper = "fap"\n')
+    assert main(["study", str(out / "study.toml"), "--out", str(out)]) == 0
+    assert f"Beside the paper's: advtune report --against fap {out}\n" in capsys.readouterr().out
     assert main([*arguments, "--dry-run", "--json"]) == 0
     assert [run["done"] for run in json.loads(capsys.readouterr().out)] == [True, True]
     assert main([*arguments[:-2], "--dry-run", "--json"]) == 0  # without a folder nothing is done
@@ -441,21 +642,53 @@ def test_costs_by_hand(images, tmp_path):
     attack = PGD(eps=1 / 255, steps=10)
     run = Run("tecoa", images, (Slice(images),), (attack, None), shots=2, epochs=3)
     (one,) = cost.costs([run], tmp_path)
-    # 4 classes x 2 shots x 3 epochs, 2 attack steps + adversarial and clean; 4 x 2 test images, 10 steps
-    assert one.train == (24 * 1, 24 * 4)
+    # 4 classes x 2 shots x 3 epochs, 2 attack steps + the adversarial image; 4 x 2 test images, 10 steps
+    assert one.train == (0, 24 * 3)
     assert one.evaluate == (8 + 8 + 8, 80)
-    assert one.hours((3600.0, 0.0)) == 24 + 24
-    assert one.hours((0.0, 3600.0), typical=True) == pytest.approx(96 + 80 / 3)
+    assert one.hours((3600.0, 0.0)) == 24
+    assert one.hours((0.0, 3600.0), typical=True) == pytest.approx(72 + 80 / 3)
     assert cost.attacked(AutoAttack()) == (3 + 5000, 100 + 900 + 900)
     (known,) = cost.costs([Run("tecoa", "cifar10", (Slice("cifar10", limit=100),), (None,), subset="base")], tmp_path)
-    assert known.train[1] == 25000 * 10 * 4
+    assert known.train[1] == 25000 * 10 * 3
     assert known.evaluate == (100, 0)
     (few,) = cost.costs([Run("tecoa", "caltech101", (Slice("caltech101"),), (None,), shots=2)], tmp_path)
-    assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 4
+    assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 3
     assert few.evaluate is None  # the catalog has no counts, and the data is not here
     (unknown,) = cost.costs([replace(run, data="hf:owner/name")], tmp_path)
     assert unknown.train is None
     assert unknown.hours((1.0, 1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "forwards", "gradients"),
+    [  # of one image in 5 epochs; s: steps of the attack
+        ("tecoa", {}, 0, 5 * (2 + 1)),  # s, x'
+        ("fare", {}, 1, 5 * (10 + 1)),  # once: phi0(x)
+        ("pmg-aft", {}, 5 * 1, 5 * (2 + 2)),  # f0(x'); s, x', x
+        ("coop", {}, 5, 0),  # x, through a tower that nothing learns in
+        ("vpt", {}, 0, 5),
+        ("apt", {}, 5, 5 * 3),  # x' through the frozen tower; s
+        ("advpt", {}, 2, 10),  # once: e0(x), e(x') and s; the towers see no image while tuning
+        ("capt", {}, 5, 5 * (3 + 2)),  # f0(x), augmented; s, x', x
+        ("capt", {"augment": False}, 1, 5 * (3 + 2)),
+        ("capt", {"augment": False, "lam": 0.0, "ce": "adversarial"}, 1, 5 * (3 + 1)),
+        ("apd", {"teacher": "online"}, 0, 5 * (2 + 2)),
+        ("apd", {"teacher": "offline"}, 5, 5 * (1 + 2 + 1)),  # teacher's cycle: x; then t(x), s, x'
+        ("fap", {"lam": 0.0}, 0, 5),
+    ],
+)
+def test_training_costs_by_hand(method, options, forwards, gradients):
+    run = Run(method, "cifar10", (), options=options, epochs=5)
+    assert cost.training(run, 1) == pytest.approx((forwards, gradients))
+    assert cost.training(run, 7) == pytest.approx((7 * forwards, 7 * gradients))
+
+
+def test_training_costs_of_the_attack_s_own_fields():
+    way = {"steps": 4, "keep": "best", "early_stop": True, "restarts": 2}
+    run = Run("tecoa", "cifar10", (), epochs=1, train_attack=way)
+    assert cost.training(run, 1) == (2, 2 * 4 + 1)  # a look at each last iterate; no image leaves
+    with pytest.raises(UserError, match="set augment=false"):
+        cost.training(Run("advpt", "cifar10", (), options={"augment": True}), 1)
 
 
 def test_python_can_do_what_the_recipes_do(images, clip_folder, tmp_path):

@@ -188,6 +188,8 @@ def study(args: argparse.Namespace) -> int:
 
         text = re.sub(r"\n*<details>.*?</details>", "", render(outcome.rows, "markdown"), flags=re.DOTALL)
         print(f"{text}\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
+        if asked.paper:
+            print(f"Beside the paper's: {shlex.join(['advtune', 'report', '--against', asked.paper, args.out])}")
     again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out])
     if outcome.failed:
         print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)

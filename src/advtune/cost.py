@@ -7,22 +7,24 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from advtune import runs
-from advtune.data import load_task
+from advtune.attacks import PGD
+from advtune.data import Task, load_task
 from advtune.data.catalog import entry as facts_of
 from advtune.data.catalog import names
 from advtune.errors import UserError
 from advtune.grid import Todo, clock, missing, rows_of
-from advtune.methods import configure
 from advtune.protocols import ZERO_SHOT, Run
 from advtune.rows import attack_facts
-from advtune.vlm import VLM
+from advtune.vlm import VLM, Batch
 
 TYPICAL = 3  # evaluation: the worst case is that every image withstands everything; a third of it is typical
 SECONDS = 0.5  # of timing, for each of forward and gradient
@@ -68,15 +70,38 @@ def costs(wanted: Sequence[Run], out: Path | None) -> list[Cost]:
 
 
 def training(run: Run, n: int) -> tuple[float, float]:
-    """(forwards, gradients) of tuning on n images: the attack's steps, then the adversarial and the clean image.
+    """(forwards, gradients) of tuning on n images, prepared once and gone through in every epoch; text towers are not
+    counted. Raises UserError for options that do not fit."""
+    method, recipe, attack = run.configured()
+    cycles = getattr(method, "cycles", 1)
+    once, each = step(method, replace(attack, early_stop=False), recipe.augment, cycles)
+    passes = recipe.epochs * cycles
+    return n * (once[0] + passes * each[0]), n * (once[1] + passes * each[1])
 
-    A method with a second model or a text tower that learns costs more.
-    """
-    epochs = {} if run.epochs is None else {"epochs": run.epochs}
-    method, recipe, attack = configure(run.method, {**run.options, **epochs}, run.train_attack)
-    passes = n * recipe.epochs * getattr(method, "cycles", 1)
-    forwards, gradients = attacked(attack) if attack.eps else (0.0, 0.0)
-    return passes * forwards, passes * (gradients + 2)
+
+@cache
+def step(method: Any, attack: PGD, augment: bool, cycles: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(forwards, gradients) of an image: of preparing it, and of a training step, the mean over the cycles. Counted
+    while the embedded backbone does it, so that it is true of every method."""
+    task = Task("two", "two", ("cat", "dog"), "a photo of a {}.", {})
+    model = runs.load("mini", "cpu", "fp32").requires_grad_(False)
+    models = method.setup(model, task, 0)
+    tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
+    batch = Batch(torch.rand(2, 3, model.side, model.side), torch.tensor([0, 1]), tokens)
+    seen = [0.0, 0.0]
+
+    def count(_: Any, __: Any, features: Tensor) -> None:
+        seen[features.requires_grad] += len(features) / len(batch.x)
+
+    for tower in {vlm.clip.image for vlm in models.values()}:
+        tower.register_forward_hook(count)
+    with torch.random.fork_rng():
+        make = None if augment else getattr(method, "prepare", None)
+        kept = {} if make is None else make(models, batch, attack)
+        once = seen[0], seen[1]
+        for cycle in range(cycles):
+            method.loss(models, replace(batch, cycle=cycle, kept=kept), attack)
+    return once, ((seen[0] - once[0]) / cycles, (seen[1] - once[1]) / cycles)
 
 
 def evaluation(todo: Todo, sizes: dict[Any, Any]) -> tuple[float, float] | None:
@@ -215,8 +240,8 @@ def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str)
         lines.append(f"{words}: {number(sum(known) if known or not left else None)}{unknown}")
     lines += [
         "Train, Evaluate: thousands of images through the backbone, forwards + gradients. Worst case: every image",
-        f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Second models and text towers",
-        "that learn are not counted.",
+        f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Text towers that learn, and the",
+        "weights' gradients beside the image's, are not counted.",
     ]
     if speed:
         lines.append(f"Timed here: {1e3 * speed[0]:.2f} ms a forward, {1e3 * speed[1]:.2f} ms a gradient, an image.")

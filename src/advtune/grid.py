@@ -6,23 +6,26 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from advtune import runs
 from advtune.data import Task, load_task
+from advtune.data.catalog import entry, names
+from advtune.data.task import TEMPLATE
 from advtune.errors import UserError
 from advtune.evaluation import evaluate_all
+from advtune.options import as_options
 from advtune.protocols import ZERO_SHOT, Run, Slice, slug
 from advtune.results import Row, append, read, write_atomic
 from advtune.rows import WHITE_BOX, attack_facts
 from advtune.train import tune
 from advtune.vlm import VLM
 
-FAILED, TRACEBACKS = "failed.jsonl", "tracebacks"
+FAILED, TRACEBACKS, LOCK = "failed.jsonl", "tracebacks", ".lock"
 Todo = list[tuple[Slice, list[Any]]]
 
 
@@ -48,14 +51,21 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """What the runs of one call share: models and data are loaded when first needed, and once."""
+    """What the runs of one call share: models and data, loaded when first needed, and once; and the contents that all
+    rows of a study have in common: what each is of -> (its hash, the folder that it was first seen in)."""
 
-    device: str
-    precision: str
-    batch_size: int
-    show: bool
+    out: Path
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int = 64
+    show: bool = True
     models: dict[str, VLM] = field(default_factory=dict)
     tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
+    contents: dict[str, tuple[str, Path | str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.precision != "auto":
+            self.contents["precision"] = (self.precision, f"--precision {self.precision}")
 
     def model(self, name: str) -> VLM:
         if name not in self.models:
@@ -67,43 +77,74 @@ class Bench:
             self.tasks[spec, subset] = load_task(spec, subset=subset)
         return self.tasks[spec, subset]
 
+    def rows(self, run: Run) -> list[Row]:
+        """The rows that answer a run. Raises UserError when they are not of what the study's others are of."""
+        rows = rows_of(run, self.out / run.key)
+        for row in rows:
+            self.agree(run, identity(run, row))
+        return rows
 
-def work(
-    wanted: Sequence[Run], out: str | Path, *, device: str = "auto", precision: str = "auto", batch_size: int = 64,
-    show: bool = True,
-) -> Outcome:  # fmt: skip
+    def agree(self, run: Run, contents: Mapping[str, str]) -> None:
+        """Raises UserError unless these are the contents that the rest of the study is of."""
+        for what, value in contents.items():
+            before, first = self.contents.get(what, (value, ""))
+            if value != before:
+                raise UserError(f"{what}: not the same as in {first}; remove one of the two, or choose another --out")
+        for what, value in contents.items():
+            self.contents.setdefault(what, (value, self.out / run.key))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other processes from working in OUT. Raises UserError when one does."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as file:
+        with suppress(ImportError):  # Windows: nobody is kept away
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{out}: another process works here; wait for it, or choose another --out") from None
+        yield  # closing the file lets go
+
+
+def work(wanted: Sequence[Run], out: str | Path, **how: Any) -> Outcome:
     """Do what is not done of these runs, each in OUT/<key>: tune (an interrupted one goes on), then evaluate.
 
     Runs whose rows are all there are skipped without loading a model or an image. A run that fails leaves a line in
-    OUT/failed.jsonl and its traceback in OUT/tracebacks. Raises KeyboardInterrupt with a text that says how to go on.
+    OUT/failed.jsonl and its traceback in OUT/tracebacks. how: device, precision, batch_size, show. Raises
+    KeyboardInterrupt with a text that says how to go on, UserError when another process works in OUT.
     """
-    out, outcome = Path(out), Outcome()
-    bench = Bench(device, precision, batch_size, show and sys.stderr.isatty())
-    begin, worked = time.monotonic(), 0
-    left = sum(not is_done(run, out) for run in wanted)
+    with alone(Path(out)):
+        return through(wanted, Bench(Path(out), **how))
+
+
+def through(wanted: Sequence[Run], bench: Bench) -> Outcome:
+    """As `work`, in a folder that is this process's alone."""
+    out, outcome, begin, worked = bench.out, Outcome(), time.monotonic(), 0
+    left = sum(not is_done(run, bench) for run in wanted)  # reads what rows there are, before others are made
     for i, run in enumerate(wanted):
-        skip = is_done(run, out)
+        skip = is_done(run, bench)
         try:
-            failed = [] if skip else do(run, out, bench)
+            failed = [] if skip else do(run, bench)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"at run {i + 1} of {len(wanted)}; the same command goes on from there") from None
         outcome.failed += failed
         outcome.skipped += skip
         with suppress(UserError):  # a folder of other rows is among the failures
-            outcome.rows += rows_of(run, out / run.key)
+            outcome.rows += bench.rows(run)
         worked += not skip
-        if show:
+        if bench.show:
             seconds = time.monotonic() - begin
             ahead = seconds / max(1, worked) * max(0, left - worked)
             state = f"failed: {failed[0].error}" if failed else "was done" if skip else "done"
             times = f"{clock(seconds)} so far, about {clock(ahead)} left"
             print(f"[{i + 1}/{len(wanted)}] {run.key}: {state} ({times})", file=sys.stderr, flush=True)
-    told = {each.key for each in outcome.failed}
-    outcome.failed += mixed([run for run in wanted if run.key not in told], out, bench)
     (out / FAILED).unlink(missing_ok=True)
     if outcome.failed:
         write_atomic(out / FAILED, "".join(json.dumps(asdict(each)) + "\n" for each in outcome.failed))
-    for reason in dict.fromkeys(each.error for each in outcome.failed) if show else ():
+    for reason in dict.fromkeys(each.error for each in outcome.failed) if bench.show else ():
         first, *others = [each for each in outcome.failed if each.error == reason]
         where = first.key + (f" on {first.test}" if first.test else "")
         more = f" (and {len(others)} more)" if others else ""
@@ -111,67 +152,65 @@ def work(
     return outcome
 
 
-def do(run: Run, out: Path, bench: Bench) -> list[Failure]:
+def do(run: Run, bench: Bench) -> list[Failure]:
     """Tune unless the folder is finished, then add the rows that it lacks; what failed."""
-    failed, folder = list[Failure](), out / run.key
+    failed = list[Failure]()
     try:
-        have = known(run, folder)
-        model = tuned(run, have, folder, bench)
+        have = bench.rows(run)
+        model = tuned(run, bench)
     except Exception as error:
-        return [failure(run, "", error, out)]
+        return [failure(run, "", error, bench.out)]
     for test, attacks in missing(run, have):
         try:
             for row, attack in zip(evaluated(run, test, attacks, model, bench), attacks, strict=True):
+                bench.agree(run, identity(run, row))
                 if not any(answers(each, run, test, attack) for each in have):
-                    append(folder / runs.RESULTS, row)
+                    append(bench.out / run.key / runs.RESULTS, row)
         except Exception as error:  # a set that cannot be had does not stop the others
             name = test.data + ("" if test.subset == "all" else f", {test.subset} classes")
-            failed.append(failure(run, name, error, out))
+            failed.append(failure(run, name, error, bench.out))
     return failed
 
 
-def tuned(run: Run, have: Sequence[Row], folder: Path, bench: Bench) -> VLM:
-    """The run's model, tuned now, gone on with, or read. Raises UserError when its rows are of another backbone."""
+def tuned(run: Run, bench: Bench) -> VLM:
+    """The run's model, tuned now, gone on with, or read. Raises UserError when the study's rows are of another."""
     model = bench.model(run.backbone)
-    check_backbone(run, have, model, folder)
-    if run.method == ZERO_SHOT:
-        return model
-    return tune(
-        run.method, model, bench.task(run.data, run.subset), shots=run.shots, seed=run.seed, epochs=run.epochs,
-        options=run.options, attack=run.train_attack, part=run.part, limit=run.limit, out=folder, resume=True,
-        show=bench.show,
-    )  # fmt: skip
+    bench.agree(run, {f"backbone {run.backbone}": model.origin.sha256, "precision": model.precision})
+    if run.method != ZERO_SHOT:
+        model = tune(
+            run.method, model, bench.task(run.data, run.subset), shots=run.shots, seed=run.seed, epochs=run.epochs,
+            options=run.options, attack=run.train_attack, part=run.part, limit=run.limit, out=bench.out / run.key,
+            resume=True, show=bench.show and sys.stderr.isatty(),
+        )  # fmt: skip
+    bench.agree(run, {f"model of {run.key}": model.origin.sha256})
+    return model
 
 
 def evaluated(run: Run, test: Slice, attacks: list[Any], model: VLM, bench: Bench) -> list[Row]:
     return evaluate_all(
         model, bench.task(test.data, test.subset), attacks, part=test.part, limit=test.limit,
-        batch_size=bench.batch_size, seed=run.attack_seed, resume=True, show=bench.show,
+        batch_size=bench.batch_size, seed=run.attack_seed, resume=True, show=bench.show and sys.stderr.isatty(),
     )  # fmt: skip
 
 
-def is_done(run: Run, out: Path) -> bool:
+def is_done(run: Run, bench: Bench) -> bool:
     """Whether nothing is left to do of a run; reads its rows and nothing else."""
     try:
-        return not missing(run, known(run, out / run.key))
+        return not missing(run, bench.rows(run))
     except UserError:  # said when its turn comes
         return False
 
 
 def rows_of(run: Run, folder: Path) -> list[Row]:
-    """The rows that answer a run, in its order; rows of other evaluations in its folder are left out."""
-    have = known(run, folder)
-    wanted = [(test, attack) for test in run.tests for attack in run.attacks]
-    return [row for test, attack in wanted for row in have if answers(row, run, test, attack)]
-
-
-def known(run: Run, folder: Path) -> list[Row]:
-    """The rows in a run's folder. Raises UserError when one was made with other settings: a name proves nothing."""
+    """The rows that answer a run, in its order, one an evaluation; others in its folder are left out. Raises UserError
+    when the folder holds rows of a model that was tuned otherwise: a name proves nothing."""
     path = folder / runs.RESULTS
-    rows = read(path) if path.is_file() else []
-    if not all(tuned_as(row, run) for row in rows):
+    have = read(path) if path.is_file() else []
+    if not all(tuned_as(row, run) for row in have):
         raise UserError(f"{folder}: its rows were made with other settings; remove it or choose another --out")
-    return rows
+    wanted = [(test, attack) for test in run.tests for attack in run.attacks]
+    found = [next((row for row in have if answers(row, run, *each)), None) for each in wanted]
+    return [row for row in found if row is not None]
 
 
 def missing(run: Run, have: Sequence[Row]) -> Todo:
@@ -188,47 +227,47 @@ def missing(run: Run, have: Sequence[Row]) -> Todo:
 
 def answers(row: Row, run: Run, test: Slice, attack: Any) -> bool:
     """Whether a row is this evaluation: the whole slice and every field of the attack, its seed included."""
-    data = (row.data["spec"], row.data.get("subset", "all"), row.data["part"], row.data["limit"], row.data["shots"])
     facts = None if attack is None else plain({**attack_facts(attack), "seed": run.attack_seed})
-    same = data == (test.data, test.subset, test.part, test.limit, None) and plain(row.attack) == facts
-    return same and row.threat == ("" if attack is None else WHITE_BOX)
+    same = plain(row.attack) == facts and row.threat == ("" if attack is None else WHITE_BOX)
+    return same and is_slice(row.data, row, spec=test.data, subset=test.subset, part=test.part, limit=test.limit)
 
 
 def tuned_as(row: Row, run: Run) -> bool:
-    """Whether a row's model was tuned as the run says; zero-shot is known by its backbone alone."""
+    """Whether a row's model was tuned as the run says; zero-shot says nothing of its backbone's tuning."""
     if run.method == ZERO_SHOT:
         return True
-    want, train = run.settings(), row.train or {}
-    slice_ = {**{key: train.get(key) for key in ("part", "shots", "seed", "limit")}, "data": train.get("spec")}
-    slice_ |= {"subset": train.get("subset", "all"), "method": row.method, "options": row.options, "recipe": row.recipe}
-    attack = {key: value for key, value in (train.get("attack") or {}).items() if key in want["attack"]}
-    expected = dict(want["attack"])
-    if expected.get("step_size", 0) is None:  # the row has the length that was used
-        attack["step_size"] = None
-    same = {key: want[key] for key in slice_} == slice_
-    return same and plain(attack) == plain(expected)
+    method, recipe, attack = run.configured()
+    facts, train = (run.method, as_options(method), as_options(recipe)), row.train or {}
+    same = facts == (row.method, row.options, row.recipe) and plain(attack_facts(attack)) == plain(train.get("attack"))
+    return same and train["seed"] == run.seed and is_slice(
+        train, row, spec=run.data, subset=run.subset, part=run.part, shots=run.shots, limit=run.limit
+    )  # fmt: skip
 
 
-def check_backbone(run: Run, rows: Sequence[Row], model: VLM, folder: Path) -> None:
-    """Raises UserError when rows were made on another backbone of the same name."""
-    tower = model.run if run.method == ZERO_SHOT else {}
-    sha256 = tower["backbone"]["sha256"] if tower else model.origin.sha256
-    if any(row.backbone["sha256"] != sha256 for row in rows):
-        raise UserError(f"{folder}: its rows were made on another backbone; remove it or choose another --out")
+def is_slice(facts: Mapping[str, Any], row: Row, *, spec: str, shots: int | None = None, **wanted: Any) -> bool:
+    """Whether a row's facts are of this slice as a study takes it: the set's own template, the model's resolution,
+    every image."""
+    wanted |= {"spec": spec, "shots": shots, "template": entry(spec)["template"] if spec in names() else TEMPLATE}
+    wanted |= {"resolution": row.backbone["image_size"], "skipped": []}
+    return wanted == {key: facts.get(key, "all" if key == "subset" else None) for key in wanted}
 
 
-def mixed(wanted: Sequence[Run], out: Path, bench: Bench) -> list[Failure]:
-    """The runs whose rows were made on other content than the backbone that the others of this call were made on."""
-    found = []
-    for run in wanted:
-        with suppress(UserError):
-            rows = rows_of(run, out / run.key)
-            if rows and run.backbone in bench.models:
-                try:
-                    check_backbone(run, rows, bench.models[run.backbone], out / run.key)
-                except UserError as error:
-                    found.append(failure(run, "", error, out))
-    return found
+def identity(run: Run, row: Row) -> dict[str, str]:
+    """What a row is of, by content: weights, images, class texts, precision. Where two rows of a study name the same
+    thing, it has the same value; an old row does not say all."""
+    data, train = ({"subset": "all"} | dict(facts or {}) for facts in (row.data, row.train))
+    tower = run.method == ZERO_SHOT and train.get("sha256")  # the backbone is a run itself
+    found = {
+        f"backbone {run.backbone}": row.model if tower else row.backbone["sha256"],
+        f"model of {run.key}": row.model,
+        "images of {spec} ({subset} classes, {part}, limit {limit})".format(**data): data["sha256"],
+        "class texts of {spec} ({subset} classes)".format(**data): data.get("texts_sha256", ""),
+        "precision": row.precision,
+    }
+    if run.method != ZERO_SHOT:
+        where = "images of {spec} ({subset} classes, {part}, limit {limit}, {shots} shots, seed {seed})"
+        found[where.format(**train)] = train["sha256"]
+    return {what: value for what, value in found.items() if value}
 
 
 def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:

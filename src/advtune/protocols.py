@@ -11,13 +11,18 @@ from itertools import product
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from advtune.attacks import ATTACKS, PGD
+from advtune.data.task import OPENERS
+from advtune.errors import UserError, near
 from advtune.methods import configure
-from advtune.options import as_options
+from advtune.options import as_options, fill
+from advtune.recipe import Recipe
 
 if TYPE_CHECKING:
     from advtune.study import Study
 
-ZERO_SHOT = "zero-shot"
+ZERO_SHOT, NONE = "zero-shot", "none"  # a method that trains nothing; the attack that is clean accuracy alone
+CURVE = ["1/255", "2/255", "4/255", "8/255"]
 FEW = (1, 2, 4, 8, 16, None)  # None: all images
 USUAL = (16,)
 # What prompts tuned on ImageNet are tested on (Zhou et al., arXiv:2203.05557).
@@ -38,6 +43,9 @@ class Slice:
     part: str = "test"
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", local(self.data))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,7 +53,8 @@ class Run:
 
     shots: images a class, none for all. options: fields of the method and its recipe; train_attack: of the training
     attack. curve: the attacks differ in eps alone and run as one, so that what fell at a smaller eps stays fallen.
-    seed is the training's, attack_seed the evaluation's. label is for people; it decides nothing.
+    seed is the training's, attack_seed the evaluation's. label names the folder in the method's
+    place: equal settings under two labels are two runs.
     """
 
     method: str
@@ -65,17 +74,25 @@ class Run:
     attack_seed: int = 0
     label: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("data", "backbone"):
+            object.__setattr__(self, name, local(getattr(self, name)))
+
     def settings(self) -> dict[str, Any]:
         """All that decides the tuned model, defaults filled in, JSON-ready. Raises UserError for options that do
         not exist or do not fit."""
         facts: dict[str, Any] = {"method": self.method, "backbone": self.backbone, "data": self.data}
         if self.method == ZERO_SHOT:
             return facts | {"subset": self.subset}  # where it stands; nothing is tuned
-        epochs = {} if self.epochs is None else {"epochs": self.epochs}
-        method, recipe, attack = configure(self.method, {**self.options, **epochs}, self.train_attack)
+        method, recipe, attack = self.configured()
         facts |= {"subset": self.subset, "part": self.part, "shots": self.shots, "seed": self.seed}
         facts |= {"limit": self.limit, "options": as_options(method), "recipe": as_options(recipe)}
         return facts | {"attack": as_options(attack)}
+
+    def configured(self) -> tuple[Any, Recipe, PGD]:
+        """The method, its recipe and its training attack. Raises UserError as `configure`."""
+        epochs = {} if self.epochs is None else {"epochs": self.epochs}
+        return configure(self.method, {**self.options, **epochs}, self.train_attack)
 
     @property
     def key(self) -> str:
@@ -88,10 +105,36 @@ class Run:
         return f"{place}/{slug(self.label or self.method)}/{detail}{digest}"
 
 
+def local(spec: str) -> str:
+    """A data spec or a backbone with its path written in one way: folder:./photos/ is folder:photos."""
+    kind, colon, where = spec.rpartition(":") if spec.startswith(tuple(OPENERS)) else ("", "", spec)
+    return f"{kind}{colon}{PurePath(where).as_posix()}" if where else spec
+
+
 def slug(text: str) -> str:
     """A text as a folder's name: the last part of a path, and of that what every file system takes."""
     last = PurePath(text.partition(":")[2] or text).name
     return re.sub(r"[^A-Za-z0-9.=]+", "-", last).strip("-.")[:60] or "run"
+
+
+def attacks_of(facts: Mapping[str, Any], curve: bool = False) -> list[Any]:
+    """The attacks of one entry of a study: {"name": "pgd", "eps": ["1/255", "4/255"], "steps": 100}, ascending; what
+    it does not say is the attack's default, and a curve's eps CURVE. Raises UserError for what does not fit."""
+    name, what = facts["name"], f"attack {facts['name']}"
+    if name == NONE:
+        if len(facts) > 1:
+            raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
+        return [None]
+    if name not in ATTACKS:
+        raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
+    one = fill(ATTACKS[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)
+    if curve and "eps" not in facts and one.norm != "linf":
+        raise UserError(f"study: {what}: a curve in {one.norm} has no usual eps; give several, as 0.25 0.5 1")
+    radii = facts.get("eps", CURVE if curve else one.eps)
+    found = [fill(one, {"eps": eps}, what) for eps in (radii if isinstance(radii, (list, tuple)) else [radii])]
+    if not found:
+        raise UserError(f"study: {what}: eps has no value; give one, as 1/255")
+    return sorted(found, key=lambda attack: attack.eps)
 
 
 def few_shot(study: Study) -> list[Run]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from advtune.attacks import ATTACKS
-from advtune.errors import UserError
-from advtune.grid import Outcome, work
+from advtune.data.catalog import names
+from advtune.data.task import FORMS, OPENERS
+from advtune.errors import UserError, near
+from advtune.grid import Bench, Outcome, alone, through
 from advtune.methods import METHODS
-from advtune.options import as_options, fill
-from advtune.protocols import NEEDS_DATA, PROTOCOLS, Run
+from advtune.options import as_options
+from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_of, local
+from advtune.report.published import papers
 from advtune.results import write_atomic
 
 FILE = "study.toml"
-ATTACK: dict[str, Any] = {"name": "pgd", "eps": "1/255", "steps": 100}
-CURVE = ["1/255", "2/255", "4/255", "8/255"]
+ATTACK: dict[str, Any] = {"name": "pgd", "steps": 100}
 LISTS = {"methods": str, "data": str, "shots": int, "seeds": int}
 SINGLE = {
     "protocol": str, "train_on": str, "backbone": str, "paper": str, "table": str,
@@ -39,7 +40,8 @@ class Study:
     shots: numbers of images a class, or "all". seeds: of the training. limit, train_limit: so many test and training
     images. options: method and recipe fields for every method, `method[NAME]` for one; train_attack: fields of the
     training attack. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none: clean alone.
-    paper, table: what it reproduces. Raises UserError, one line, for what is unknown, missing or of the wrong type.
+    paper, table: what it reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown,
+    missing or of the wrong type.
     """
 
     protocol: str
@@ -61,60 +63,55 @@ class Study:
     table: str = ""
 
     def __post_init__(self) -> None:
+        typed(vars(self))
         for name in (*LISTS, "attacks"):  # a list from TOML or Python is kept as a tuple
-            object.__setattr__(self, name, tuple(listed(getattr(self, name), name)))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "data", tuple(map(local, self.data)))
+        object.__setattr__(self, "train_on", local(self.train_on))
+        attacks = tuple({**each, "name": NONE if each["name"] is None else each["name"]} for each in self.attacks)
+        object.__setattr__(self, "attacks", attacks)
         check(self)
 
     def evaluation(self) -> tuple[Any, ...]:
         """The attacks that are evaluated, one for each eps, ascending within a name; (None,) is clean alone."""
-        found: list[Any] = []
-        default = ATTACK | ({"eps": CURVE} if self.protocol == "eps-curve" else {})
-        for facts in self.attacks or (default,):
-            found += attacks_of(facts)
+        curve = self.protocol == "eps-curve"
+        found = [attack for facts in self.attacks or (ATTACK,) for attack in attacks_of(facts, curve)]
         if len({repr(attack) for attack in found}) < len(found):
             raise UserError("study: the attacks name the same thing twice; give each eps once")
         return tuple(found)
 
 
-def attacks_of(facts: Mapping[str, Any]) -> list[Any]:
-    """The attacks of one entry: {"name": "pgd", "eps": ["1/255", "4/255"], "steps": 100}."""
-    if not isinstance(facts, Mapping) or "name" not in facts:
-        raise UserError('study: an attack is a table with a name: [[attacks]] name = "pgd"')
-    name, rest = facts["name"], {key: value for key, value in facts.items() if key not in ("name", "eps")}
-    if name in (None, "none"):
-        if len(facts) > 1:
-            raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
-        return [None]
-    if name not in ATTACKS:
-        raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
-    radii = facts.get("eps", [{}])
-    each = radii if isinstance(radii, (list, tuple)) else [radii]
-    filled = [fill(ATTACKS[name], rest | ({} if eps == {} else {"eps": eps}), f"attack {name}") for eps in each]
-    if not filled:
-        raise UserError(f"study: attack {name}: eps has no value; give one, as 1/255")
-    return sorted(filled, key=lambda attack: attack.eps)
+def typed(facts: Mapping[str, Any]) -> None:
+    """Raises UserError, one line, for a field of a study that is not of its kind."""
+    for name in (each for each in facts if each in (*LISTS, "attacks")):
+        if isinstance(facts[name], str) or not isinstance(facts[name], Sequence):
+            raise UserError(f"study: {name} is a list: {name} = [{json.dumps(facts[name], default=str)}]")
+    for name, kind in LISTS.items():
+        for value in facts.get(name, ()):
+            if not (name == "shots" and value == "all"):
+                one_of_kind(value, kind, name)
+    for name, kind in SINGLE.items():
+        if facts.get(name) is not None:
+            one_of_kind(facts[name], kind, name)
+    tables = {name: facts.get(name, {}) for name in TABLES}
+    for name in tables["method"] if isinstance(tables["method"], Mapping) else ():
+        tables[f"method.{name}"] = facts["method"][name]
+    for name, value in tables.items():
+        if not isinstance(value, Mapping):
+            raise UserError(f"study: {name} is a table: [{name}]")
+    for attack in facts.get("attacks", ()):
+        if not isinstance(attack, Mapping) or not isinstance(attack.get("name", 0), (str, type(None))):
+            raise UserError('study: an attack is a table with a name: [[attacks]] name = "pgd"')
 
 
 def check(study: Study) -> None:
     """Raises UserError, one line, for what cannot be planned."""
     if study.protocol not in PROTOCOLS:
         raise UserError(f"study: unknown protocol {study.protocol!r}; {near(study.protocol, PROTOCOLS)}")
-    for name, kind in LISTS.items():
+    for name in LISTS:
         values = getattr(study, name)
-        for value in values:
-            if not (name == "shots" and value == "all"):
-                one_of_kind(value, kind, name)
         if len(set(values)) < len(values):
             raise UserError(f"study: {name} names {max(values, key=values.count)} twice; give it once")
-    for name, kind in SINGLE.items():
-        if getattr(study, name) is not None:
-            one_of_kind(getattr(study, name), kind, name)
-    for name in TABLES:
-        if not isinstance(getattr(study, name), Mapping):
-            raise UserError(f"study: {name} is a table: [{name}]")
-    for name, value in study.method.items():
-        if not isinstance(value, Mapping):
-            raise UserError(f"study: method: {name} is a table: [method.{name}]")
     if not study.methods:
         raise UserError('study: no method; give some: methods = ["zero-shot", "tecoa"]')
     if not study.seeds:
@@ -124,6 +121,15 @@ def check(study: Study) -> None:
             raise UserError(f"study: unknown method {method!r}; {near(method, METHODS)}")
     if idle := [method for method in study.method if method not in study.methods]:
         raise UserError(f"study: options for {idle[0]}, which is not among the methods; add it or remove them")
+    for spec in (*study.data, *([study.train_on] if study.train_on else [])):
+        if spec not in names() and spec.partition(":")[0] not in OPENERS:
+            raise UserError(f"study: unknown set {spec!r}; {near(spec, names())}; of your own: {FORMS}")
+    if study.table and not study.paper:
+        raise UserError(f'study: table {study.table!r} is of no paper; name it: paper = "fap"')
+    if study.paper and study.paper not in papers():
+        raise UserError(f"study: no published numbers of {study.paper!r}; {near(study.paper, papers())}")
+    if study.table and study.table not in (tables := papers()[study.paper]["tables"]):
+        raise UserError(f"study: {study.paper} has no table {study.table!r}; {near(study.table, tables)}")
     if study.protocol in NEEDS_DATA and not study.data:
         raise UserError(f'study: {study.protocol} needs data: data = ["cifar10"]; see: advtune list data')
     if study.protocol in NEEDS_DATA and study.train_on:
@@ -134,12 +140,6 @@ def check(study: Study) -> None:
         raise UserError('study: eps-curve needs an attack: [[attacks]] name = "pgd" eps = ["1/255", "4/255"]')
 
 
-def listed(value: Any, name: str) -> Sequence[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UserError(f"study: {name} is a list: {name} = [{json.dumps(value, default=str)}]")
-    return value
-
-
 def one_of_kind(value: Any, kind: Any, name: str) -> None:
     """Raises UserError unless the value is a text or a whole number, as its field wants, and not too low."""
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -147,12 +147,6 @@ def one_of_kind(value: Any, kind: Any, name: str) -> None:
         raise UserError(f"study: {name}: {value!r} is not {words}")
     if name in LEAST and value < LEAST[name]:
         raise UserError(f"study: {name}: {value} is too low; write {LEAST[name]} or more")
-
-
-def near(word: Any, known: Any) -> str:
-    """A hint at what may have been meant, with what there is."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return (f"did you mean {close[0]}? " if close else "") + f"known: {', '.join(known)}"
 
 
 def from_facts(facts: Mapping[str, Any], what: str = "study") -> Study:
@@ -172,17 +166,25 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
     """A study from the command line: a protocol or a file (`study`), and the flags that lie over it."""
     place = flags["study"]
     facts: dict[str, Any] = {"protocol": place} if place in PROTOCOLS else read(place)
+    typed(facts)
+    options, methods = dict(facts.get("options", {})), {name: dict(t) for name, t in facts.get("method", {}).items()}
+    given = pairs(flags.get("options") or (), "-o")
+    if flags.get("epochs") is not None and "epochs" in given:
+        raise UserError("study: --epochs and -o epochs say the same; give one")
     for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "backbone"):
         if flags.get(name) is not None:
             facts[name] = flags[name]
     if flags.get("shots"):
         facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
     if flags.get("train_attack"):
-        facts["train_attack"] = facts.get("train_attack", {}) | pairs(flags["train_attack"], "--train-attack")
-    for key, value in pairs(flags.get("options") or (), "-o").items():
+        facts["train_attack"] = {**facts.get("train_attack", {}), **pairs(flags["train_attack"], "--train-attack")}
+    for key in [*given, *(["epochs"] if flags.get("epochs") is not None else [])]:
+        for table in (options, *methods.values()):
+            table.pop(key, None)
+    for key, value in given.items():
         method, dot, own = key.partition(".")
-        table = facts.setdefault("method", {}).setdefault(method, {}) if dot else facts.setdefault("options", {})
-        table[own if dot else key] = value
+        (methods.setdefault(method, {}) if dot else options)[own or key] = value
+    facts |= {"options": options, "method": {name: table for name, table in methods.items() if table}}
     attacks = flagged(flags, [dict(each) for each in facts.get("attacks", [])])
     return from_facts(facts | ({"attacks": attacks} if attacks else {}), place)
 
@@ -194,17 +196,17 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
         kept = [dict(ATTACK) if name == ATTACK["name"] else {"name": name} for name in names]
     elif radii or given:
         kept = kept or [dict(ATTACK)]
-    if radii and all(attack.get("name") in (None, "none") for attack in kept):
+    if radii and all(attack["name"] == NONE for attack in kept):
         raise UserError("study: --eps goes with an attack; name it with --attack pgd")
     options, used = pairs(given or (), "-a"), set()
     for attack in kept:
-        own = as_options(ATTACKS[attack["name"]]) if attack.get("name") in ATTACKS else {}
+        own = as_options(ATTACKS[attack["name"]]) if attack["name"] in ATTACKS else {}
         attack |= {key: value for key, value in options.items() if key in own}
         used |= set(own)
-        if radii and attack.get("name") not in (None, "none"):
+        if radii and attack["name"] != NONE:
             attack["eps"] = radii
     if unused := [key for key in options if key not in used]:
-        names_ = ", ".join(str(attack.get("name")) for attack in kept)
+        names_ = ", ".join(attack["name"] for attack in kept)
         raise UserError(f"study: -a {unused[0]}: no attack of {names_} has it; {near(unused[0], sorted(used))}")
     return kept
 
@@ -266,15 +268,16 @@ def run_study(
     for a study that cannot be planned; KeyboardInterrupt says how to go on.
     """
     out, wanted = Path(out), plan(study)
-    claim(study, wanted, out, extend)
-    return work(wanted, out, device=device, precision=precision, batch_size=batch_size, show=show)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give --out a folder")
+    with alone(out):
+        claim(study, wanted, out, extend)
+        return through(wanted, Bench(out, device, precision, batch_size, show))
 
 
 def claim(study: Study, wanted: list[Run], out: Path, extend: bool) -> None:
     """Write OUT/study.toml. Raises UserError when OUT holds another study and this is not to take its place."""
     kept = out / FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give --out a folder")
     if kept.is_file() and not extend:
         before = from_facts(read(kept), str(kept))
         if same(plan(before), wanted):
