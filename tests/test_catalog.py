@@ -204,6 +204,19 @@ def test_names_are_looked_up_one_table_at_a_time():
     assert places(["one", "two", "three"], facts, hub=True) is None
     assert places(["1", "0"], facts, hub=False) is None
     assert places(["1", "0"], facts | {"numbered": True}, hub=False) == [1, 0]
+    assert places(["crane2", "other"], facts, hub=True) is None  # a name that is known, elsewhere
+    assert places(["other", "crane2"], facts, hub=True) == [0, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in names() if CATALOG[name]["numbered"] or name in ("mnist", "svhn")])
+def test_numbers_are_places_only_when_they_are_as_many_as_the_classes(name):
+    facts, count = CATALOG[name], len(CATALOG[name]["classes"])
+    backwards = [str(i) for i in range(count)][::-1]
+    assert places(backwards, facts, hub=False) == list(range(count))[::-1]
+    for found in (backwards[1:], [*backwards, str(count)], [*backwards, "background"], [*map(str, range(3 * count))]):
+        assert places(found, facts, hub=True) is None
+    if name != "mnist":  # its names are numbers
+        assert places([*facts["classes"], "background"], facts, hub=False) == [*range(count), None]
 
 
 @pytest.mark.parametrize("name", names())

@@ -89,13 +89,21 @@ def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool
 
 def places(found: list[str], facts: Mapping[str, Any], hub: bool) -> list[int | None] | None:
     """Of each class name found, the place in the catalog's classes, or None for one that is not in it; None alone if
-    that leaves a class of the catalog out. One table of names at a time: they may share words with other meanings."""
+    that leaves a class of the catalog out, or if numbers are more than the catalog's classes.
+
+    One table of names at a time: they may share words with other meanings. Labels of the hub do not count as places
+    when a name that is known stands elsewhere.
+    """
     count = len(facts["classes"])
-    tables = [facts["classes"], facts["hub_classes"], facts["folders"]]
-    tables.append([str(i) for i in range(count)] if facts["numbered"] else None)
-    for table in tables:
+    if len(found) != count and any(text.isdecimal() for text in found):
+        return None
+    moved = False
+    for table in (facts["classes"], facts["hub_classes"], facts["folders"]):
         index = {normal(text): i for i, text in enumerate(table or ())}
         new = [index.get(normal(text)) for text in found]
         if set(new) >= set(range(count)):
             return new
-    return list(range(count)) if hub and facts["by_index"] and len(found) == count else None
+        moved = moved or any(place not in (None, i) for i, place in enumerate(new))
+    if facts["numbered"] and set(found) == {str(i) for i in range(count)}:
+        return [int(text) for text in found]
+    return list(range(count)) if hub and facts["by_index"] and len(found) == count and not moved else None
