@@ -33,10 +33,7 @@ def open_named(name: str) -> Source:
     except UserError as error:
         reason = str(error).split("; be online")[0]
         raise UserError(f"{name}: {advice}, or be online for hf:{facts['hub']} ({reason})") from None
-    for part, expected in facts["counts"].items():
-        if part in source.parts and len(source.parts[part]) != expected:
-            found = len(source.parts[part])
-            warnings.warn(f"{name}: hf:{facts['hub']} has {found} {part} images, not {expected}", stacklevel=2)
+    _check_counts(source, facts["counts"], f"{name}: hf:{facts['hub']}")
     return to_catalog(source, name, facts, hub=True)
 
 
@@ -46,7 +43,7 @@ def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
     top, coop = Path(os.environ["ADVTUNE_DATA"]).expanduser(), facts["coop"]
     for place in (top / name, top / coop["folder"]) if coop else ():
         if (place / coop["split"]).is_file():
-            return open_coop(place, coop, name)
+            return _coop(place, name, facts)
         if coop["images"] and (place / coop["images"]).is_dir() and not shards(place):
             raise UserError(f"{name}: {place} has CoOp's images but no {coop['split']}; put that file beside them")
     place = top / name
@@ -56,6 +53,20 @@ def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
     if shards(place) or not folders:
         return to_catalog(open_parquet(str(place), facts["label"]), name, facts, own=True)
     return to_catalog(open_folder(str(place)), name, facts, own=True)
+
+
+def _coop(place: Path, name: str, facts: Mapping[str, Any]) -> Source:
+    source, where = open_coop(place, facts["coop"], name), f"{name}: {place / facts['coop']['split']}"
+    if len(source.classes) != len(facts["classes"]):
+        raise UserError(f"{where} has {len(source.classes)} classes, not {len(facts['classes'])}; fetch it again")
+    _check_counts(source, facts["coop"]["counts"], where)
+    return source
+
+
+def _check_counts(source: Source, counts: Mapping[str, int], where: str) -> None:
+    for part, expected in counts.items():
+        if (found := len(source.parts.get(part, ()))) != expected:
+            warnings.warn(f"{where} has {found} {part} images, not {expected}", stacklevel=3)
 
 
 def _wanted(name: str, facts: Mapping[str, Any]) -> str:
