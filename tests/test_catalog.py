@@ -222,6 +222,39 @@ def test_numbers_are_places_only_when_they_are_as_many_as_the_classes(name):
         assert places([*facts["classes"], "background"], facts, hub=False) == [*range(count), None]
 
 
+@pytest.mark.parametrize(
+    ("name", "labels", "advice"),
+    [
+        ("cifar10", range(10), "10 numbers from 0, .* by class name, or give classes="),
+        ("svhn", range(1, 11), "10 numbers from 1, .* by class name, or give classes="),
+        ("mnist", range(1, 11), "10 numbers from 1, .* by class name, or give classes="),
+        ("flowers102", range(1, 103), "102 numbers from 1, .* by class name or by 0 to 101, or"),
+        ("pcam", range(3), "3 numbers from 0, .* by class name or by 0 to 1, or"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*its own names are used")
+def test_numbers_that_are_not_places_need_names(name, labels, advice, own_data):
+    cells = {"image": [{"bytes": content("test", i), "path": None} for i in labels], "label": list(labels)}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (own_data / name).mkdir(parents=True)
+    datasets.Dataset.from_dict(cells, features=kinds).to_parquet(own_data / name / "test.parquet")
+    with pytest.raises(UserError, match=f"^{name}: its labels are {advice}") as error:
+        load_task(name)
+    assert "\n" not in str(error.value)
+    words = [f"word {i}" for i in labels]
+    task = load_task(name, classes=words)
+    assert task.classes == tuple(words)
+    tuned = {"spec": name, "source_classes": list(task.source), "classes": words, "template": "a {}"}
+    assert load_task(name, tuned=tuned).texts() == [f"a {word}" for word in words]  # a run knows its words
+
+
+def test_mnists_classes_are_numbers(own_data):
+    hub_copy("mnist", own_data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert load_task("mnist").classes == tuple("0123456789")
+
+
 @pytest.mark.parametrize("name", names())
 def test_offline_without_data_one_line_says_how_to_get_it(name, monkeypatch):
     def offline(*_, **__):
