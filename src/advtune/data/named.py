@@ -24,7 +24,9 @@ def open_named(name: str) -> Source:
     if (own := _own_copy(name, facts)) is not None:
         return own
     if facts["embedded"]:
-        return to_catalog(open_parquet(str(files("advtune") / "assets" / facts["embedded"])), name, facts)
+        source = open_parquet(str(files("advtune") / "assets" / facts["embedded"]))
+        source.split = facts["split"]
+        return to_catalog(source, name, facts)
     advice = f"set ADVTUNE_DATA to a folder that holds {_wanted(name, facts)}"
     if not facts["hub"]:
         raise UserError(f"{name} is not on the hub: {advice}; {facts['licence']}")
@@ -33,7 +35,8 @@ def open_named(name: str) -> Source:
     except UserError as error:
         reason = str(error).split("; be online")[0]
         raise UserError(f"{name}: {advice}, or be online for hf:{facts['hub']} ({reason})") from None
-    _check_counts(source, facts["counts"], f"{name}: hf:{facts['hub']}")
+    if _counts_agree(source, facts["counts"], f"{name}: hf:{facts['hub']}"):
+        source.split = facts["split"]
     return to_catalog(source, name, facts, hub=True)
 
 
@@ -51,22 +54,25 @@ def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
         return None
     folders = any(each.is_dir() for each in place.iterdir())
     if shards(place) or not folders:
-        return to_catalog(open_parquet(str(place), facts["label"]), name, facts, own=True)
-    return to_catalog(open_folder(str(place)), name, facts, own=True)
+        return to_catalog(open_parquet(str(place), facts["label"]), name, facts)
+    return to_catalog(open_folder(str(place)), name, facts)
 
 
 def _coop(place: Path, name: str, facts: Mapping[str, Any]) -> Source:
     source, where = open_coop(place, facts["coop"], name), f"{name}: {place / facts['coop']['split']}"
     if len(source.classes) != len(facts["classes"]):
         raise UserError(f"{where} has {len(source.classes)} classes, not {len(facts['classes'])}; fetch it again")
-    _check_counts(source, facts["coop"]["counts"], where)
+    _counts_agree(source, facts["coop"]["counts"], where)
     return source
 
 
-def _check_counts(source: Source, counts: Mapping[str, int], where: str) -> None:
-    for part, expected in counts.items():
-        if (found := len(source.parts.get(part, ()))) != expected:
-            warnings.warn(f"{where} has {found} {part} images, not {expected}", stacklevel=3)
+def _counts_agree(source: Source, counts: Mapping[str, int], where: str) -> bool:
+    """Whether every part has as many images as it should; a warning for each that has not."""
+    found = {part: len(source.parts.get(part, ())) for part in counts}
+    for part in counts:
+        if found[part] != counts[part]:
+            warnings.warn(f"{where} has {found[part]} {part} images, not {counts[part]}", stacklevel=3)
+    return found == counts
 
 
 def _wanted(name: str, facts: Mapping[str, Any]) -> str:
@@ -76,26 +82,25 @@ def _wanted(name: str, facts: Mapping[str, Any]) -> str:
     return wanted
 
 
-def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool = False, own: bool = False) -> Source:
+def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool = False) -> Source:
     """Relabel to the catalog's classes; images of other classes (Caltech's Faces_easy) are left out.
 
     The source's class names are looked up in the catalog's, then in the hub's and in the folders' names; whole numbers
     and, of the hub, labels whose names are not known count as places where the catalog says so. If the source lacks
     a class of the catalog, its own names are kept, with a warning.
     """
-    split = source.split if own else facts["split"]
     new = places(source.classes, facts, hub)
     if new is None:
         warnings.warn(f"{name}: not the catalog's classes; its own names are used", stacklevel=2)
-        return Source(name, source.classes, source.parts, split)
+        return Source(name, source.classes, source.parts, source.split)
     if new == list(range(len(new))):
-        return Source(name, facts["classes"], source.parts, split)
+        return Source(name, facts["classes"], source.parts, source.split)
     parts = {}
     for key, part in source.parts.items():
         kept = [i for i, label in enumerate(part.labels) if new[label] is not None]
         parts[key] = part.subset(kept)
         parts[key].labels = [n for label in part.labels if (n := new[label]) is not None]
-    return Source(name, facts["classes"], parts, split)
+    return Source(name, facts["classes"], parts, source.split)
 
 
 def places(found: list[str], facts: Mapping[str, Any], hub: bool) -> list[int | None] | None:
