@@ -86,8 +86,8 @@ def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool
     """Relabel to the catalog's classes; images of other classes (Caltech's Faces_easy) are left out.
 
     The source's class names are looked up in the catalog's, then in the hub's and in the folders' names; whole numbers
-    and, of the hub, labels whose names are not known count as places where the catalog says so. If the source lacks
-    a class of the catalog, its own names are kept, with a warning.
+    and, of the hub, labels whose names are not known count as places where the catalog says so. If that leaves
+    a class of the catalog out, the source's own names are kept, with a warning.
     """
     new = places(source.classes, facts, hub)
     if new is None:
