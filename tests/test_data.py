@@ -23,6 +23,7 @@ from advtune import progress
 from advtune.data import Split, images, load_images, load_task
 from advtune.data.cache import create, load
 from advtune.data.catalog import catalog
+from advtune.data.sources import number
 from advtune.errors import UserError
 
 CLASSES = ["barn_owl", "cat", "red-fox"]
@@ -229,6 +230,11 @@ def test_parquet_files_must_number_their_classes_alike(tmp_path):
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(cells, features=kinds).to_parquet(tmp_path / "test.parquet")
     fails("the label 2 has no name", f"parquet:{tmp_path}")
+
+
+def test_numbers_of_one_size_have_one_order():
+    """A set's own order changes from process to process."""
+    assert number({"test": ["2", "1", "001", "01", "0001"]})[1] == ["0001", "001", "01", "1", "2"]
 
 
 def test_hub_is_mapped_to_the_catalog_by_name(monkeypatch):
