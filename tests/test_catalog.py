@@ -164,11 +164,14 @@ def test_hub_labels_of_other_names_count_as_places_where_the_catalog_says_so(nam
         warnings.simplefilter("always")
         patch.setattr(datasets, "load_dataset", lambda *_, **__: {"test": made})
         task = load_task(name)
-    expected = CATALOG[name]["counts"].get("test")
-    said = [f"{name}: hf:{CATALOG[name]['hub']} has {count} test images, not {expected}"] if expected else []
+    has = {"train": 0, "test": count}
+    said = [
+        f"{name}: hf:{CATALOG[name]['hub']} has {has[part]} {part} images, not {expected}"
+        for part, expected in CATALOG[name]["counts"].items()
+    ]
     assert [str(each.message) for each in caught if each.category is UserWarning] == said
     check_labels(task, name, {"test": "test"})
-    assert task.split == CATALOG[name]["split"]
+    assert task.split == ("as given" if said else CATALOG[name]["split"])  # "official" is said of the official counts
     (own_data / name).mkdir(parents=True)
     made.to_parquet(own_data / name / "test.parquet")
     with pytest.warns(UserWarning, match="its own names are used"):  # an own copy may be in any order
@@ -188,10 +191,12 @@ def test_a_folder_a_class(name, own_data):
 def test_the_expected_counts_go_without_a_word(monkeypatch):
     made = hub_copy("cifar10")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
-    monkeypatch.setattr(named, "entry", lambda name: CATALOG[name] | {"counts": {"train": 10, "test": 10, "val": 3}})
+    monkeypatch.setattr(named, "entry", lambda name: CATALOG[name] | {"counts": {"train": 10, "test": 10}})
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        check_labels(load_task("cifar10"), "cifar10", {"train": "train", "test": "test"})
+        task = load_task("cifar10")
+    check_labels(task, "cifar10", {"train": "train", "test": "test"})
+    assert task.split == "official"
 
 
 def test_names_are_looked_up_one_table_at_a_time():
@@ -204,6 +209,52 @@ def test_names_are_looked_up_one_table_at_a_time():
     assert places(["one", "two", "three"], facts, hub=True) is None
     assert places(["1", "0"], facts, hub=False) is None
     assert places(["1", "0"], facts | {"numbered": True}, hub=False) == [1, 0]
+    assert places(["crane2", "other"], facts, hub=True) is None  # a name that is known, elsewhere
+    assert places(["other", "crane2"], facts, hub=True) == [0, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in names() if CATALOG[name]["numbered"] or name in ("mnist", "svhn")])
+def test_numbers_are_places_only_when_they_are_as_many_as_the_classes(name):
+    facts, count = CATALOG[name], len(CATALOG[name]["classes"])
+    backwards = [str(i) for i in range(count)][::-1]
+    assert places(backwards, facts, hub=False) == list(range(count))[::-1]
+    for found in (backwards[1:], [*backwards, str(count)], [*backwards, "background"], [*map(str, range(3 * count))]):
+        assert places(found, facts, hub=True) is None
+    if name != "mnist":  # its names are numbers
+        assert places([*facts["classes"], "background"], facts, hub=False) == [*range(count), None]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "advice"),
+    [
+        ("cifar10", range(10), "10 numbers from 0, .* by class name, or give classes="),
+        ("svhn", range(1, 11), "10 numbers from 1, .* by class name, or give classes="),
+        ("mnist", range(1, 11), "10 numbers from 1, .* by class name, or give classes="),
+        ("flowers102", range(1, 103), "102 numbers from 1, .* by class name or by 0 to 101, or"),
+        ("pcam", range(3), "3 numbers from 0, .* by class name or by 0 to 1, or"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*its own names are used")
+def test_numbers_that_are_not_places_need_names(name, labels, advice, own_data):
+    cells = {"image": [{"bytes": content("test", i), "path": None} for i in labels], "label": list(labels)}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (own_data / name).mkdir(parents=True)
+    datasets.Dataset.from_dict(cells, features=kinds).to_parquet(own_data / name / "test.parquet")
+    with pytest.raises(UserError, match=f"^{name}: its labels are {advice}") as error:
+        load_task(name)
+    assert "\n" not in str(error.value)
+    words = [f"word {i}" for i in labels]
+    task = load_task(name, classes=words)
+    assert task.classes == tuple(words)
+    tuned = {"spec": name, "source_classes": list(task.source), "classes": words, "template": "a {}"}
+    assert load_task(name, tuned=tuned).texts() == [f"a {word}" for word in words]  # a run knows its words
+
+
+def test_mnists_classes_are_numbers(own_data):
+    hub_copy("mnist", own_data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert load_task("mnist").classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize("name", names())
@@ -228,7 +279,7 @@ def test_offline_without_data_one_line_says_how_to_get_it(name, monkeypatch):
 def write_coop(top, name, change=lambda found: None):
     """A tiny copy in CoOp's layout: two images a class and part; classes in another order than the catalog's."""
     coop = CATALOG[name]["coop"]
-    classes = [text.replace(" ", "_") for text in CATALOG[name]["classes"][::-1][:5]]
+    classes = [text.replace(" ", "_") for text in CATALOG[name]["classes"][::-1]]
     root = top / coop["folder"]
     found = {part: [] for part in ("train", "val", "test")}
     for part, records in found.items():
@@ -244,12 +295,18 @@ def write_coop(top, name, change=lambda found: None):
     return root, classes
 
 
+@pytest.mark.filterwarnings("ignore:.*images, not")
 @pytest.mark.parametrize("name", COOP)
 def test_coops_split_is_used_where_it_is(name, own_data):
-    _, classes = write_coop(own_data, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    root, classes = write_coop(own_data, name)
+    coop, count = CATALOG[name]["coop"], len(CATALOG[name]["classes"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         task = load_task(name)
+    assert [str(each.message) for each in caught] == [
+        f"{name}: {root / coop['split']} has {2 * count} {part} images, not {expected}"
+        for part, expected in coop["counts"].items()
+    ]
     assert task.classes == tuple(" ".join(text.replace("_", " ").split()) for text in classes)
     assert task.split == f"CoOp {CATALOG[name]['coop']['split']}"
     assert task.template == CATALOG[name]["template"]
@@ -257,12 +314,13 @@ def test_coops_split_is_used_where_it_is(name, own_data):
         read = [records.read(i).decode().split() for i in range(len(records))]
         assert [(p, int(label)) for p, label, _ in read] == [(part, label) for label in records.labels]
     assert {part: len(select(task, Split(part))) for part in ("train", "val", "test", "fit", "all")} == {
-        "train": 10, "val": 10, "test": 10, "fit": 10, "all": 30,
+        "train": 2 * count, "val": 2 * count, "test": 2 * count, "fit": 2 * count, "all": 6 * count,
     }  # fmt: skip
     assert named_part(task, "val").read(0).startswith(b"val")
-    assert load_task(name, subset="new").classes == task.classes[3:]
+    assert load_task(name, subset="new").classes == task.classes[(count + 1) // 2 :]
 
 
+@pytest.mark.filterwarnings("ignore:.*images, not")
 def test_coops_files_may_lie_under_the_catalogs_name_and_its_pickles_are_left_alone(own_data):
     root, classes = write_coop(own_data, "dtd")
     (root / "split_fewshot").mkdir()
@@ -285,13 +343,18 @@ def test_coops_files_may_lie_under_the_catalogs_name_and_its_pickles_are_left_al
         (lambda f: f["val"][0].__setitem__(0, "/etc/secret.jpg"), "leaves the folder"),
         (lambda f: f["val"][0].__setitem__(0, "C:\\secret.jpg"), "leaves the folder"),
         (lambda f: f["test"].append(f["train"][0]), "is in the train part, too"),
+        (lambda f: f["test"].append(["./" + f["train"][0][0], *f["train"][0][1:]]), "is in the train part, too"),
+        (lambda f: f["test"][0].__setitem__(0, "./C:/secret.jpg"), "leaves the folder"),
+        (lambda f: f["test"][0].__setitem__(0, "."), "leaves the folder"),
+        (lambda f: f["test"].append([f["test"][0][0], *f["test"][-1][1:]]), "is in the test part, too, label 0"),
+        (lambda f: [part.__delitem__(slice(6, None)) for part in f.values()], "has 3 classes, not 47; fetch it again"),
         (lambda f: f["test"][0].__setitem__(2, "other"), "is both"),
         (lambda f: f["test"][0].__setitem__(1, "0"), "not \\[path, label, class name\\]"),
         (lambda f: f["test"][0].__setitem__(1, True), "not \\[path, label, class name\\]"),
-        (lambda f: f["test"].append(["a.jpg", 9, "nine"]), "without gaps"),
+        (lambda f: f["test"].append(["a.jpg", 99, "nine"]), "without gaps"),
         (lambda f: f.pop("val"), "has no lists"),
     ],
-    ids=range(9),
+    ids=range(14),
 )
 def test_a_split_file_that_is_not_right_is_one_line(change, match, own_data):
     write_coop(own_data, "dtd", change)

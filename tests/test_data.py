@@ -23,6 +23,7 @@ from advtune import progress
 from advtune.data import Split, images, load_images, load_task
 from advtune.data.cache import create, load
 from advtune.data.catalog import catalog
+from advtune.data.sources import number
 from advtune.errors import UserError
 
 CLASSES = ["barn_owl", "cat", "red-fox"]
@@ -209,6 +210,31 @@ def test_hub(tmp_path, monkeypatch):
     parquet = load_task(f"parquet:{tmp_path}")
     split = Split(resolution=8)
     assert load_images(task, split).sha256 == load_images(parquet, split).sha256
+
+
+def test_parquet_files_must_number_their_classes_alike(tmp_path):
+    """The library takes the first file's class names for all: labels of another order would be swapped unseen."""
+
+    def write(part, names, labels):
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        cells = {"image": [{"bytes": png(i, (2, 2)), "path": None} for i in labels], "label": labels}
+        datasets.Dataset.from_dict(cells, features=kinds).to_parquet(tmp_path / f"{part}.parquet")
+
+    write("train", ["cat", "dog"], [0, 1])
+    for names in (["dog", "cat"], ["cat", "dog", "eel"]):
+        write("test", names, [0, 1])
+        fails("test.parquet has other class names in 'label' than train.parquet", f"parquet:{tmp_path}")
+    write("test", ["cat", "dog"], [1, 0])
+    assert load_task(f"parquet:{tmp_path}").classes == ("cat", "dog")
+    cells = {"image": [{"bytes": png(1, (2, 2)), "path": None}] * 2, "label": [0, 2]}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(cells, features=kinds).to_parquet(tmp_path / "test.parquet")
+    fails("the label 2 has no name", f"parquet:{tmp_path}")
+
+
+def test_numbers_of_one_size_have_one_order():
+    """A set's own order changes from process to process."""
+    assert number({"test": ["2", "1", "001", "01", "0001"]})[1] == ["0001", "001", "01", "1", "2"]
 
 
 def test_hub_is_mapped_to_the_catalog_by_name(monkeypatch):

@@ -139,13 +139,8 @@ def task_for(
 ) -> Task:  # fmt: skip
     """The task of a data spec and subset, with the words that the model was tuned with when it was tuned on this
     data, on whichever subset, and no others are given."""
-    task = load_task(data, classes=classes, template=template, subset=subset)
-    train = model.run.get("train", {})
-    if train.get("spec") != data or train["source_classes"] != list(task.source):
-        return task
-    texts = train.get("all_classes", train["classes"])
-    words = classes or dict(zip(train["source_classes"], texts, strict=True))
-    return load_task(data, classes=words, template=template or train["template"], subset=subset)
+    tuned = model.run.get("train")
+    return load_task(data, classes=classes, template=template, subset=subset, tuned=tuned)
 
 
 def predict(s: Setting) -> Tensor:

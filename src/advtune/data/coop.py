@@ -20,7 +20,7 @@ def open_coop(root: Path, coop: Mapping[str, Any], name: str) -> Source:
     """The set in `root`, split as its file says: parts train, val and test; classes in the file's label order.
 
     coop: `split` (name of the file) and `images` (folder of the images in `root`, "" for `root` itself). Raises
-    UserError for a file that is not of this form, an image in two parts, and a path that leaves the folder.
+    UserError for a file that is not of this form, an image in two parts or classes, and a path that leaves the folder.
     """
     file, images = root / coop["split"], root / coop["images"]
     if not images.is_dir():
@@ -34,7 +34,7 @@ def open_coop(root: Path, coop: Mapping[str, Any], name: str) -> Source:
     if not isinstance(found, dict) or not all(isinstance(found.get(part), list) for part in PARTS):
         raise UserError(f"{name}: {file} has no lists train, val and test; fetch it again")
     classes: dict[int, str] = {}
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, int]] = {}
     parts = {part: _part(images, found[part], f"{name}: {file}, {part}", part, classes, seen) for part in PARTS}
     if sorted(classes) != list(range(len(classes))):
         raise UserError(f"{name}: {file}: the labels are not 0 to {len(classes) - 1} without gaps; fetch it again")
@@ -43,7 +43,7 @@ def open_coop(root: Path, coop: Mapping[str, Any], name: str) -> Source:
 
 
 def _part(
-    images: Path, records: list[Any], where: str, part: str, classes: dict[int, str], seen: dict[str, str]
+    images: Path, records: list[Any], where: str, part: str, classes: dict[int, str], seen: dict[str, tuple[str, int]]
 ) -> Part:
     labels, ids = [], []
     for i, record in enumerate(records):
@@ -54,10 +54,11 @@ def _part(
                 raise UserError(f"{where} {i}: not [path, label, class name]; fetch the file again")
         if _leaves(path):
             raise UserError(f"{where} {i}: the path {path!r} leaves the folder of images; do not trust this file")
+        path = PurePosixPath(path).as_posix()  # ./a/1.jpg is a/1.jpg
         if classes.setdefault(label, text) != text:
             raise UserError(f"{where} {i}: label {label} is both {classes[label]!r} and {text!r}; fetch the file again")
-        if seen.setdefault(path, part) != part:
-            raise UserError(f"{where} {i}: {path!r} is in the {seen[path]} part, too; fetch the file again")
+        if (was := seen.setdefault(path, (part, label))) != (part, label):
+            raise UserError(f"{where} {i}: {path!r} is in the {was[0]} part, too, label {was[1]}; fetch the file again")
         labels.append(label)
         ids.append(path)
     return Part(labels, ids, partial(read_file, [images / path for path in ids]))
@@ -65,4 +66,4 @@ def _part(
 
 def _leaves(path: str) -> bool:
     pure = PurePosixPath(path)
-    return pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in pure.parts[0]
+    return not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path

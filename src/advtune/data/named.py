@@ -24,7 +24,9 @@ def open_named(name: str) -> Source:
     if (own := _own_copy(name, facts)) is not None:
         return own
     if facts["embedded"]:
-        return to_catalog(open_parquet(str(files("advtune") / "assets" / facts["embedded"])), name, facts)
+        source = open_parquet(str(files("advtune") / "assets" / facts["embedded"]))
+        source.split = facts["split"]
+        return to_catalog(source, name, facts)
     advice = f"set ADVTUNE_DATA to a folder that holds {_wanted(name, facts)}"
     if not facts["hub"]:
         raise UserError(f"{name} is not on the hub: {advice}; {facts['licence']}")
@@ -33,10 +35,8 @@ def open_named(name: str) -> Source:
     except UserError as error:
         reason = str(error).split("; be online")[0]
         raise UserError(f"{name}: {advice}, or be online for hf:{facts['hub']} ({reason})") from None
-    for part, expected in facts["counts"].items():
-        if part in source.parts and len(source.parts[part]) != expected:
-            found = len(source.parts[part])
-            warnings.warn(f"{name}: hf:{facts['hub']} has {found} {part} images, not {expected}", stacklevel=2)
+    if _counts_agree(source, facts["counts"], f"{name}: hf:{facts['hub']}"):
+        source.split = facts["split"]
     return to_catalog(source, name, facts, hub=True)
 
 
@@ -46,7 +46,7 @@ def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
     top, coop = Path(os.environ["ADVTUNE_DATA"]).expanduser(), facts["coop"]
     for place in (top / name, top / coop["folder"]) if coop else ():
         if (place / coop["split"]).is_file():
-            return open_coop(place, coop, name)
+            return _coop(place, name, facts)
         if coop["images"] and (place / coop["images"]).is_dir() and not shards(place):
             raise UserError(f"{name}: {place} has CoOp's images but no {coop['split']}; put that file beside them")
     place = top / name
@@ -54,8 +54,25 @@ def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
         return None
     folders = any(each.is_dir() for each in place.iterdir())
     if shards(place) or not folders:
-        return to_catalog(open_parquet(str(place), facts["label"]), name, facts, own=True)
-    return to_catalog(open_folder(str(place)), name, facts, own=True)
+        return to_catalog(open_parquet(str(place), facts["label"]), name, facts)
+    return to_catalog(open_folder(str(place)), name, facts)
+
+
+def _coop(place: Path, name: str, facts: Mapping[str, Any]) -> Source:
+    source, where = open_coop(place, facts["coop"], name), f"{name}: {place / facts['coop']['split']}"
+    if len(source.classes) != len(facts["classes"]):
+        raise UserError(f"{where} has {len(source.classes)} classes, not {len(facts['classes'])}; fetch it again")
+    _counts_agree(source, facts["coop"]["counts"], where)
+    return source
+
+
+def _counts_agree(source: Source, counts: Mapping[str, int], where: str) -> bool:
+    """Whether every part has as many images as it should; a warning for each that has not."""
+    found = {part: len(source.parts.get(part, ())) for part in counts}
+    for part in counts:
+        if found[part] != counts[part]:
+            warnings.warn(f"{where} has {found[part]} {part} images, not {counts[part]}", stacklevel=3)
+    return found == counts
 
 
 def _wanted(name: str, facts: Mapping[str, Any]) -> str:
@@ -65,37 +82,44 @@ def _wanted(name: str, facts: Mapping[str, Any]) -> str:
     return wanted
 
 
-def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool = False, own: bool = False) -> Source:
+def to_catalog(source: Source, name: str, facts: Mapping[str, Any], *, hub: bool = False) -> Source:
     """Relabel to the catalog's classes; images of other classes (Caltech's Faces_easy) are left out.
 
     The source's class names are looked up in the catalog's, then in the hub's and in the folders' names; whole numbers
-    and, of the hub, labels whose names are not known count as places where the catalog says so. If the source lacks
-    a class of the catalog, its own names are kept, with a warning.
+    and, of the hub, labels whose names are not known count as places where the catalog says so. If that leaves
+    a class of the catalog out, the source's own names are kept, with a warning.
     """
-    split = source.split if own else facts["split"]
     new = places(source.classes, facts, hub)
     if new is None:
         warnings.warn(f"{name}: not the catalog's classes; its own names are used", stacklevel=2)
-        return Source(name, source.classes, source.parts, split)
+        return Source(name, source.classes, source.parts, source.split)
     if new == list(range(len(new))):
-        return Source(name, facts["classes"], source.parts, split)
+        return Source(name, facts["classes"], source.parts, source.split)
     parts = {}
     for key, part in source.parts.items():
         kept = [i for i, label in enumerate(part.labels) if new[label] is not None]
         parts[key] = part.subset(kept)
         parts[key].labels = [n for label in part.labels if (n := new[label]) is not None]
-    return Source(name, facts["classes"], parts, split)
+    return Source(name, facts["classes"], parts, source.split)
 
 
 def places(found: list[str], facts: Mapping[str, Any], hub: bool) -> list[int | None] | None:
     """Of each class name found, the place in the catalog's classes, or None for one that is not in it; None alone if
-    that leaves a class of the catalog out. One table of names at a time: they may share words with other meanings."""
+    that leaves a class of the catalog out, or if numbers are more than the catalog's classes.
+
+    One table of names at a time: they may share words with other meanings. Labels of the hub do not count as places
+    when a name that is known stands elsewhere.
+    """
     count = len(facts["classes"])
-    tables = [facts["classes"], facts["hub_classes"], facts["folders"]]
-    tables.append([str(i) for i in range(count)] if facts["numbered"] else None)
-    for table in tables:
+    if len(found) != count and any(text.isdecimal() for text in found):
+        return None
+    moved = False
+    for table in (facts["classes"], facts["hub_classes"], facts["folders"]):
         index = {normal(text): i for i, text in enumerate(table or ())}
         new = [index.get(normal(text)) for text in found]
         if set(new) >= set(range(count)):
             return new
-    return list(range(count)) if hub and facts["by_index"] and len(found) == count else None
+        moved = moved or any(place not in (None, i) for i, place in enumerate(new))
+    if facts["numbered"] and set(found) == {str(i) for i in range(count)}:
+        return [int(text) for text in found]
+    return list(range(count)) if hub and facts["by_index"] and len(found) == count and not moved else None

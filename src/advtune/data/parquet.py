@@ -24,7 +24,9 @@ def open_parquet(path: str, label: str = "") -> Source:
     files = {name: [str(file) for file in paths] for name, paths in found.items()}
     name = root.stem if root.is_file() else root.resolve().name
     spec = f"parquet:{path}"
-    return to_source(_load("parquet", spec, data_files=files, cache_dir=_cache_of(files, spec)), name, spec, label)
+    splits = _load("parquet", spec, data_files=files, cache_dir=_cache_of(files, spec))
+    _one_numbering([file for paths in found.values() for file in paths], spec)
+    return to_source(splits, name, spec, label)
 
 
 def shards(root: Path) -> dict[str, list[Path]]:
@@ -40,6 +42,20 @@ def shards(root: Path) -> dict[str, list[Path]]:
             return {name: files for name, files in found.items() if files}
     lone = list(root.glob("*.parquet"))
     return {"train": lone} if len(lone) == 1 else {}
+
+
+def _one_numbering(files: list[Path], spec: str) -> None:
+    """Raises UserError if a column's class names differ between files: the library takes the first file's for all."""
+    import datasets
+    from pyarrow.parquet import read_schema
+
+    first: dict[str, tuple[Path, list[str]]] = {}
+    for file in files:
+        for column, kind in datasets.Features.from_arrow_schema(read_schema(file)).items():
+            names = getattr(kind, "names", None)
+            if names and first.setdefault(column, (file, names))[1] != names:
+                other = f"other class names in {column!r} than {first[column][0].name}, or in another order"
+                raise UserError(f"{spec}: {file.name} has {other}; write both with the same names")
 
 
 def _cache_of(files: dict[str, list[str]], spec: str) -> str:
@@ -98,6 +114,8 @@ def to_source(splits: dict[str, Any], name: str, spec: str, label: str = "") -> 
     classes = list(getattr(first.features[label], "names", None) or [])
     if not classes:
         labels, classes = number(labels)
+    if beyond := [label for values in labels.values() for label in values if label >= len(classes)]:
+        raise UserError(f"{spec}: the label {beyond[0]} has no name, as there are {len(classes)}; name every class")
     parts = {part: _part(splits[key], image, labels[part], part) for part, key in used.items()}
     return Source(name, classes, parts, split_of(used))
 

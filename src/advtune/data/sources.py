@@ -182,6 +182,6 @@ def number(raw: dict[str, list[Any]]) -> tuple[dict[str, list[int]], list[str]]:
     """Labels of any kind -> integers and class names: names in alphabetic order, numbers in order of size."""
     values = {str(v).strip() for part in raw.values() for v in part}
     numeric = all(v.isdecimal() for v in values)
-    order = sorted(values, key=int) if numeric else sorted(values)
+    order = sorted(values, key=lambda v: (int(v), v)) if numeric else sorted(values)
     index = {value: i for i, value in enumerate(order)}
     return {part: [index[str(v).strip()] for v in vs] for part, vs in raw.items()}, order

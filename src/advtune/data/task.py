@@ -53,12 +53,16 @@ class Task:
         return [self.template.replace("{}", name) for name in self.classes]
 
 
-def load_task(spec: str, *, classes: Words | None = None, template: str | None = None, subset: str = "all") -> Task:
+def load_task(
+    spec: str, *, classes: Words | None = None, template: str | None = None, subset: str = "all",
+    tuned: Mapping[str, Any] | None = None,
+) -> Task:  # fmt: skip
     """Open a source: a catalog name, or `folder:`, `parquet:`, `csv:`, `hf:` and where it is.
 
     classes: a JSON file (a list with one name per label, or {old: new}), comma-separated names, or a sequence
     with one name per label, in the source's label order.
     template: exactly one {} and no other brace. subset: all, base or new; `classes` names every class still.
+    tuned: a run's record of its training set; if that is this set, its words are used where no others are given.
     Raises UserError for anything that is missing, empty, ambiguous or not distinct.
     """
     kind, colon, where = spec.partition(":")
@@ -70,15 +74,31 @@ def load_task(spec: str, *, classes: Words | None = None, template: str | None =
         near = difflib.get_close_matches(spec, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known sets: {', '.join(names())};"
         raise UserError(f"unknown set {spec!r}: {hint} otherwise give {FORMS}")
+    if tuned and tuned.get("spec") == spec and tuned["source_classes"] == source.classes:
+        words = tuned.get("all_classes", tuned["classes"])
+        classes, template = classes or dict(zip(source.classes, words, strict=True)), template or tuned["template"]
+    if classes is None:
+        _check_numbers(spec, source.classes)
     given = source.classes if classes is None else rename(source.classes, classes)
-    if classes is None and spec not in names() and given and all(name.isdecimal() for name in given):
-        warnings.warn(f"{spec}: the class texts are numbers, like the labels; give classes=", stacklevel=2)
     texts = tuple(" ".join(name.split()) for name in given)
-    words = default if template is None else template
     split = SINGLE if "all" in source.parts else source.split
-    task = Task(spec, source.name, texts, words, source.parts, tuple(source.classes), "all", texts, split)
+    template = default if template is None else template
+    task = Task(spec, source.name, texts, template, source.parts, tuple(source.classes), "all", texts, split)
     check_task(task)
     return take_subset(task, subset)
+
+
+def _check_numbers(spec: str, found: Sequence[str]) -> None:
+    """Numbers as class texts are a warning. Raises UserError for a set of the catalog: it has words, but whose?"""
+    facts = entry(spec) if spec in names() else {}
+    if not found or not all(name.isdecimal() for name in found) or found == facts.get("classes"):
+        return
+    if not facts:
+        warnings.warn(f"{spec}: the class texts are numbers, like the labels; give classes=", stacklevel=3)
+        return
+    which = f"class name or by 0 to {len(facts['classes']) - 1}" if facts["numbered"] else "class name"
+    raise UserError(f"{spec}: its labels are {len(found)} numbers from {found[0]}, whose classes are not known: "
+                    f"label the images by {which}, or give classes= (--classes), one name a number")  # fmt: skip
 
 
 def take_subset(task: Task, subset: str) -> Task:
