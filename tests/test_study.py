@@ -687,8 +687,8 @@ def test_training_costs_of_the_attack_s_own_fields():
     way = {"steps": 4, "keep": "best", "early_stop": True, "restarts": 2}
     run = Run("tecoa", "cifar10", (), epochs=1, train_attack=way)
     assert cost.training(run, 1) == (2, 2 * 4 + 1)  # a look at each last iterate; no image leaves
-    with pytest.raises(UserError, match="set augment=false"):
-        cost.training(Run("advpt", "cifar10", (), options={"augment": True}), 1)
+    augmented = Run("advpt", "cifar10", (), options={"augment": True}, epochs=3)
+    assert cost.training(augmented, 1) == (3 * 2, 3 * 10)  # embeddings of other images in every epoch
 
 
 def test_python_can_do_what_the_recipes_do(images, clip_folder, tmp_path):
