@@ -52,19 +52,19 @@ def option(
     return dataclasses.field(default=default, metadata=facts)
 
 
-def fill(instance: T, pairs: Iterable[str] | Mapping[str, Any], what: str) -> T:
-    """`instance` with the fields in `pairs` replaced: texts `key=value`, or a mapping of texts or values.
+def fill(instance: T, given: Iterable[str] | Mapping[str, Any], what: str) -> T:
+    """`instance` with the fields in `given` replaced: texts `key=value`, or a mapping of texts or values.
 
     `what` names it in errors ("method capt"). Raises UserError for an unknown or repeated key, a missing
     "=", a value of the wrong type or outside its choices.
     """
-    return fill_many([instance], pairs, what)[0]
+    return fill_many([instance], given, what)[0]
 
 
-def fill_many(instances: Sequence[Any], pairs: Iterable[str] | Mapping[str, Any], what: str) -> list[Any]:
+def fill_many(instances: Sequence[Any], given: Iterable[str] | Mapping[str, Any], what: str) -> list[Any]:
     """`fill` over several dataclasses: each key goes to the first that has it."""
     changes: list[dict[str, Any]] = [{} for _ in instances]
-    for key, value in _split(pairs, what).items():
+    for key, value in pairs(given, what).items():
         place = next((i for i, each in enumerate(instances) if key in _fields(each)), None)
         if place is None:
             raise UserError(_unknown(key, [name for each in instances for name in _fields(each)], what))
@@ -146,11 +146,13 @@ def _pixel(value: float, name: str) -> float:
     raise UserError(f"{name}={value:g} is not in [0, 1); pixels are floats in [0, 1]: write {n}/255")
 
 
-def _split(pairs: Iterable[str] | Mapping[str, Any], what: str) -> dict[str, Any]:
-    if isinstance(pairs, Mapping):
-        return dict(pairs)
+def pairs(given: Iterable[str] | Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Texts `key=value`, or a mapping, as a dict. `what` names it in errors. Raises UserError for a text that is not
+    one, and for a key given twice."""
+    if isinstance(given, Mapping):
+        return dict(given)
     found: dict[str, Any] = {}
-    for pair in [pairs] if isinstance(pairs, str) else pairs:
+    for pair in [given] if isinstance(given, str) else given:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key:
             raise UserError(f"{what}: {_shown(pair)} is not an option; write key=value")

@@ -16,7 +16,7 @@ from advtune.data.task import FORMS, OPENERS
 from advtune.errors import UserError, near
 from advtune.grid import Bench, Outcome, alone, through
 from advtune.methods import METHODS
-from advtune.options import as_options
+from advtune.options import as_options, pairs
 from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_of, local
 from advtune.report.published import papers
 from advtune.results import write_atomic
@@ -168,7 +168,7 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
     facts: dict[str, Any] = {"protocol": place} if place in PROTOCOLS else read(place)
     typed(facts)
     options, methods = dict(facts.get("options", {})), {name: dict(t) for name, t in facts.get("method", {}).items()}
-    given = pairs(flags.get("options") or (), "-o")
+    given = pairs(flags.get("options") or (), "study: -o")
     if flags.get("epochs") is not None and "epochs" in given:
         raise UserError("study: --epochs and -o epochs say the same; give one")
     for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "backbone"):
@@ -177,7 +177,10 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
     if flags.get("shots"):
         facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
     if flags.get("train_attack"):
-        facts["train_attack"] = {**facts.get("train_attack", {}), **pairs(flags["train_attack"], "--train-attack")}
+        facts["train_attack"] = {
+            **facts.get("train_attack", {}),
+            **pairs(flags["train_attack"], "study: --train-attack"),
+        }
     for key in [*given, *(["epochs"] if flags.get("epochs") is not None else [])]:
         for table in (options, *methods.values()):
             table.pop(key, None)
@@ -198,7 +201,7 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
         kept = kept or [dict(ATTACK)]
     if radii and all(attack["name"] == NONE for attack in kept):
         raise UserError("study: --eps goes with an attack; name it with --attack pgd")
-    options, used = pairs(given or (), "-a"), set()
+    options, used = pairs(given or (), "study: -a"), set()
     for attack in kept:
         own = as_options(ATTACKS[attack["name"]]) if attack["name"] in ATTACKS else {}
         attack |= {key: value for key, value in options.items() if key in own}
@@ -209,19 +212,6 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
         names_ = ", ".join(attack["name"] for attack in kept)
         raise UserError(f"study: -a {unused[0]}: no attack of {names_} has it; {near(unused[0], sorted(used))}")
     return kept
-
-
-def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
-    """`key=value` texts as a mapping. Raises UserError for a text that is not one, or a key given twice."""
-    found: dict[str, str] = {}
-    for text in given:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not key:
-            raise UserError(f"study: {flag} {text}: write key=value")
-        if key in found:
-            raise UserError(f"study: {flag} {key} is given twice; give it once")
-        found[key] = value
-    return found
 
 
 def read(path: str | Path) -> dict[str, Any]:
