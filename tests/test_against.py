@@ -459,7 +459,7 @@ def test_a_recipe_plans_and_names_what_there_is(path) -> None:
     if not study.paper:  # no table of a paper: only of ours
         assert path not in FULL
         return
-    assert f"--against {study.paper}" in text
+    assert f"advtune report --against {study.paper} runs/{path.stem}" in text
     assert study.paper in papers() and study.table in papers()[study.paper]["tables"]
     table = [row for row in published(study.paper) if row["table"] == study.table]
     wanted = {row["method"] for row in table}

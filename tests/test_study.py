@@ -8,7 +8,6 @@ import shutil
 import sys
 import tomllib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -140,14 +139,6 @@ def test_a_path_has_one_spelling_and_a_label_a_folder():
     labelled = replace(run, label="x")
     assert labelled.settings() == run.settings()
     assert labelled.key != run.key
-
-
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")), ids=lambda path: path.stem)
-def test_recipes_can_be_planned(path):
-    study = from_facts(read_toml(path))
-    assert plan(study)
-    text = path.read_text(encoding="utf-8")
-    assert not study.paper or f"advtune report --against {study.paper} runs/{path.stem}" in text
 
 
 def test_slugs_are_folders():
