@@ -1,6 +1,7 @@
 """The tables of docs/results.md, from the rows in docs/results: what stands between two marks there is written anew.
 
-Command:  python recipes/results_page.py            (--check: only say whether the page is what the rows give)
+Command:  python recipes/results_page.py --take runs/offline-few-shot   (--check: do page and rows agree?)
+--take copies the rows of a study's folder to docs/results, under the folder's name, before the page is written.
 A mark is a line `<!-- table FILE -->`, FILE one of docs/results/*.jsonl; the table ends at `<!-- end -->`. All else is
 written by hand.
 """
@@ -13,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from advtune.methods import METHODS
 from advtune.report.table import group_by, pixels, table
-from advtune.results import read
+from advtune.results import read, write_atomic
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
@@ -39,6 +41,8 @@ def grid(lines: list[Line]) -> str:
     attacks.sort(key=lambda name: (name[0] == "autoattack", name[1]))
     head = ["Method", "Tuned on", "Seeds", "Clean", *(f"{name} {pixels(eps)}" for name, eps, _ in attacks)]
     out = [head, ["---", "---", "---:", *(["---:"] * (len(attacks) + 1))]]
+    order = list(METHODS)
+    lines = sorted(lines, key=lambda line: (order.index(line["method"]), line["train_shots"] or 0))
     for (method, where), own in group_by(lines, lambda line: (mark(line), tuned_on(line))).items():
         most = max(own, key=lambda line: len(line["seeds"]))
         cells = [method, where, str(len(most["seeds"])) if most["train"] else "-", shown(most, "clean")]
@@ -82,9 +86,14 @@ def shown(line: Line, kind: str, most: Line | None = None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="DIR")
+    args = parser.parse_args()
+    for folder in args.take:
+        rows = [row.to_json() for row in read(*sorted(folder.rglob("results.jsonl")))]
+        write_atomic(ROWS / f"{folder.name}.jsonl", "".join(f"{row}\n" for row in rows))
     old = PAGE.read_text()
     new = MARK.sub(lambda found: f"{found[1]}\n{tables(found[2])}\n\n{found[3]}", old)
-    if parser.parse_args().check:
+    if args.check:
         sys.exit(0 if new == old else f"{PAGE} is not what the rows give; run: python {sys.argv[0]}")
     PAGE.write_text(new)
 

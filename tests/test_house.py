@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,10 @@ def test_the_version_is_one():
     import advtune
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == advtune.__version__
+
+
+def test_the_results_page_is_what_the_rows_give():
+    done = subprocess.run(
+        [sys.executable, "recipes/results_page.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
