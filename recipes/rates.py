@@ -42,7 +42,7 @@ def tries(method: str, epochs: int) -> list[Run]:
             Run(
                 method, "cifar10", (Slice("cifar10", part="val", limit=200),), (ATTACK,), part="fit", shots=16,
                 epochs=epochs, options=options, label=f"{method} lr={rate:g}",
-                train_attack={"eps": 1 / 255, "step_size": None} if attacks_in_training(method) else {},
+                train_attack={"eps": 1 / 255} if attacks_in_training(method) else {},
             )
         )  # fmt: skip
     return found

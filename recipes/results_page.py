@@ -66,7 +66,10 @@ def subset(line: Line) -> str:
 def tuned_on(line: Line) -> str:
     if line["train"] is None:
         return "-"
-    shots = f"{line['train_shots']} shot{'s' if line['train_shots'] != 1 else ''}" if line["train_shots"] else "all"
+    limit = (line["settings"].get("train") or {}).get("limit")
+    shots = f"{limit} images" if limit else "all"
+    if line["train_shots"]:
+        shots = f"{line['train_shots']} shot{'s' if line['train_shots'] != 1 else ''}"
     return shots if line["train"] == line["dataset"] else f"{line['train']}, {shots}"
 
 

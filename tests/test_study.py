@@ -141,6 +141,20 @@ def test_a_path_has_one_spelling_and_a_label_a_folder():
     assert labelled.key != run.key
 
 
+def test_what_could_only_fail_later_is_refused_at_once(tmp_path):
+    own = {"coop": {"context": "class-specific"}}
+    with pytest.raises(UserError, match="context=unified"):
+        plan(small(protocol="base-to-new", methods=["coop"], method=own))
+    assert plan(small(methods=["coop"], method=own))
+    with pytest.raises(UserError, match="none of the methods tunes on adversarial"):
+        plan(small(methods=["coop"], train_attack={"eps": "4/255"}))
+    with pytest.raises(UserError, match="give it once"):
+        small(epochs=2, options={"epochs": 3})
+    with pytest.raises(UserError, match="at least 1 image"):
+        run_study(small(), tmp_path / "out", batch_size=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_slugs_are_folders():
     assert [slug(text) for text in ("folder:/x/my photos", "hf:owner/name", "a/../..", "..", "tecoa lr=0.1")] == [
         "my-photos", "name", "run", "run", "tecoa-lr=0.1",
@@ -542,6 +556,11 @@ def test_flags_lie_over_the_file(tmp_path):
     with pytest.raises(UserError, match="--eps goes with an attack"):
         from_flags(flags | {"attack": ["none"], "attack_options": None})
     assert from_flags(flags | {"attack": ["none"], "eps": None, "attack_options": None}).evaluation() == (None,)
+    named = from_flags(flags | {"attack": ["pgd"], "eps": None, "attack_options": None})
+    assert named.evaluation() == (PGD(eps=4 / 255, steps=7),)  # the file's attack of that name
+    both = from_flags(flags | {"attack": ["fgsm", "pgd"], "eps": None, "attack_options": ["steps=3"]})
+    assert [each.name for each in both.evaluation()] == ["fgsm", "pgd"]
+    assert both.evaluation()[1].steps == 3
 
 
 def test_flags_take_the_place_of_what_the_file_says_in_any_table(monkeypatch):

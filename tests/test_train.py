@@ -81,6 +81,8 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
     older = json.loads((tmp_path / "run" / "config.json").read_text())
     for key in ("subset", "all_classes", "split"):
         del older["train"][key]
+    del older["prompt_classes"], older["prompt_template"], older["recipe"]["warmup_share"]
+    older["notes"] = ["worded otherwise"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(older))
     train.tune("capt", vlm, task, resume=True, **how)
     with pytest.raises(UserError, match="other settings"):
@@ -90,6 +92,35 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
             train.tune("capt", vlm, task, resume=True, **{**how, **other})
     with pytest.raises(UserError, match="other settings"):
         train.tune("apd", vlm, task, resume=True, **how)
+
+
+def test_a_checkpoint_of_another_version_is_refused(vlm, task, tmp_path, monkeypatch):
+    how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
+    real, calls = train.update, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.tune("capt", vlm, task, **how)
+    path = tmp_path / "run.partial" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["format"]
+    torch.save(state, path)
+    with pytest.raises(UserError, match="by a version whose parameters"):
+        train.tune("capt", vlm, task, resume=True, **how)
+
+
+def test_what_fails_while_preparing_leaves_nothing(vlm, task, tmp_path):
+    how = dict(shots=2, epochs=1, options={"augment": False}, out=tmp_path / "run", show=False)
+    for name in ("advpt", "agft"):
+        with pytest.raises(UserError, match="early_stop=false"):
+            train.tune(name, vlm, task, attack={"early_stop": True}, **how)
+        assert not list(tmp_path.glob("run*"))
 
 
 def test_an_interrupted_overwrite_goes_on(vlm, task, tmp_path, monkeypatch):

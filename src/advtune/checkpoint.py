@@ -18,6 +18,7 @@ from advtune.results import write_atomic
 
 SECONDS = 30  # between two checkpoints
 CHECKPOINT = "checkpoint.pt"
+FORMAT = 2  # goes up when a parameter that learns changes its meaning; 2: image prompts without their start
 OURS = {runs.CONFIG, runs.DELTA, runs.LOG, runs.IMAGES, runs.RESULTS, CHECKPOINT}
 
 
@@ -58,12 +59,12 @@ def finish(partial: Path, out: Path) -> None:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what may differ between two sittings of one run; one from before there were subsets is over
-    all classes."""
-    plain = json.loads(json.dumps(config))
+    """A config without what may differ between two sittings of one run; what an older one does not say was so."""
+    plain = {"prompt_template": "", "prompt_classes": []} | json.loads(json.dumps(config))
     train = {"subset": "all", "all_classes": plain["train"]["classes"]} | plain["train"]
     plain["train"] = {k: v for k, v in train.items() if k != "split"}  # a name; the images are known by content
-    return {k: v for k, v in plain.items() if k not in ("versions", "device")}
+    plain["recipe"] = {"warmup_share": 0.0} | plain["recipe"]
+    return {k: v for k, v in plain.items() if k not in ("versions", "device", "notes")}
 
 
 def same(folder: Path, config: Mapping[str, Any]) -> None:
@@ -97,6 +98,8 @@ class Log:
         first, lines, path = 0, list[str](), self.folder / CHECKPOINT
         if self.resume and path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if state.get("format") != FORMAT:
+                raise UserError(f"{path}: by a version whose parameters mean something else; start it with --overwrite")
             for name, value in learning.items():
                 value.data.copy_(state["learning"][name])
             optimiser.load_state_dict(state["optimiser"])
@@ -116,7 +119,7 @@ class Log:
             return
         self.saved = now
         self.stream.flush()
-        state = {"step": line["step"] + 1, "learning": {k: v.detach() for k, v in learning.items()}}
+        state = {"format": FORMAT, "step": line["step"] + 1, "learning": {k: v.detach() for k, v in learning.items()}}
         beside = self.folder / "checkpoint.tmp"
         torch.save({**state, "optimiser": optimiser.state_dict()}, beside)
         beside.replace(self.folder / CHECKPOINT)

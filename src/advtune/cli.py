@@ -190,7 +190,13 @@ def study(args: argparse.Namespace) -> int:
         print(f"{text}\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
         if asked.paper:
             print(f"Beside the paper's: {shlex.join(['advtune', 'report', '--against', asked.paper, args.out])}")
-    again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out])
+    way = (
+        ("--device", args.device, "auto"),
+        ("--precision", args.precision, "auto"),
+        ("--batch-size", args.batch_size, 64),
+    )
+    flags = [str(part) for flag, value, usual in way if value != usual for part in (flag, value)]
+    again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags])
     if outcome.failed:
         print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)
     return 1 if outcome.failed else 0

@@ -17,7 +17,7 @@ from advtune.errors import UserError, near
 from advtune.grid import Bench, Outcome, alone, through
 from advtune.methods import METHODS
 from advtune.options import as_options, pairs
-from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_of, local
+from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_in_training, attacks_of, local
 from advtune.report.published import papers
 from advtune.results import write_atomic
 
@@ -132,6 +132,8 @@ def check(study: Study) -> None:
         raise UserError(f"study: {study.paper} has no table {study.table!r}; {near(study.table, tables)}")
     if study.protocol in NEEDS_DATA and not study.data:
         raise UserError(f'study: {study.protocol} needs data: data = ["cifar10"]; see: advtune list data')
+    if study.epochs is not None and "epochs" in study.options:
+        raise UserError("study: epochs stands beside options.epochs; give it once")
     if study.protocol in NEEDS_DATA and study.train_on:
         raise UserError(f"study: {study.protocol} tunes on each set of data; leave train_on out")
     if study.protocol == "eps-curve" and len(study.attacks) > 1:
@@ -196,7 +198,10 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
     """The evaluation attacks of --attack, --eps and -a; without --attack, the file's with the others over them."""
     names, radii, given = (flags.get(name) for name in ("attack", "eps", "attack_options"))
     if names:
-        kept = [dict(ATTACK) if name == ATTACK["name"] else {"name": name} for name in names]
+        for name in names:
+            if all(each["name"] != name for each in kept):
+                kept.append(dict(ATTACK) if name == ATTACK["name"] else {"name": name})
+        kept = [each for name in names for each in kept if each["name"] == name]
     elif radii or given:
         kept = kept or [dict(ATTACK)]
     if radii and all(attack["name"] == NONE for attack in kept):
@@ -243,7 +248,11 @@ def plan(study: Study) -> list[Run]:
     """The runs of a study, in order. Raises UserError for options that do not exist or do not fit."""
     found = PROTOCOLS[study.protocol](study)
     for run in found:
-        run.settings()
+        own = run.settings().get("options", {}).get("context") == "class-specific"
+        if own and {(test.data, test.subset) for test in run.tests} != {(run.data, run.subset)}:
+            raise UserError(f"study: {run.method}: class-specific contexts have no other classes; use context=unified")
+    if study.train_attack and not any(attacks_in_training(method) for method in study.methods):
+        raise UserError("study: train_attack: none of the methods tunes on adversarial images; leave it out")
     return found
 
 
@@ -258,6 +267,8 @@ def run_study(
     for a study that cannot be planned; KeyboardInterrupt says how to go on.
     """
     out, wanted = Path(out), plan(study)
+    if batch_size < 1:
+        raise UserError(f"study: batch size {batch_size}: at least 1 image is needed")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give --out a folder")
     with alone(out):

@@ -169,7 +169,11 @@ def fit(
     steps = cycle * getattr(plan.method, "cycles", 1)
     first = log.restore(learning, optimiser)
     x, y = (t.to(plan.backbone.device) for t in (images.x, images.y))
-    kept = prepare(plan, models, tokens, images, show) if first < steps else {}
+    try:
+        kept = prepare(plan, models, tokens, images, show) if first < steps else {}
+    except UserError:
+        log.close(drop=True)
+        raise
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
         for step in range(first, steps):
             order = epoch_order(len(y), plan.seed, step // per_epoch)

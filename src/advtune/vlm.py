@@ -223,12 +223,14 @@ class VLM(nn.Module):
             return self.clip.encode_image(x, learned.image, learned.pad, dense).float()
 
     def _autocast(self, low: bool) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
+        if self.device.type == "meta":  # where operations are counted; it knows no autocast
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
     def _text(self, tokens: Tensor, prompts: Tensor | None) -> Tensor:
         cache = self._cache
         constant = prompts is None and not any(p.requires_grad for p in self.clip.text.parameters())
-        if constant and cache.tokens is not None and torch.equal(cache.tokens, tokens):
+        if constant and cache.tokens is not None and torch.equal(cache.tokens, tokens.cpu()):
             return cache.features
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
@@ -236,7 +238,7 @@ class VLM(nn.Module):
             features = self.clip.encode_text(tokens, prompts)
         features = F.normalize(features.float(), dim=-1)
         if constant:
-            self._cache = TextCache(tokens, features)
+            self._cache = TextCache(tokens.cpu(), features)
         return features
 
 

@@ -42,7 +42,11 @@ class AGFT:
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
         student = models["student"].classifier(batch.tokens["student"])
         p = (batch.kept or self.prepare(models, batch, attack))["p"]
-        x_adv = attack(f := lambda x: self.sharpness * student(x), batch.x, p, loss=soft_cross_entropy)
+
+        def f(x: Tensor) -> Tensor:
+            return self.sharpness * student(x)
+
+        x_adv = attack(f, batch.x, p, loss=soft_cross_entropy)
         return {"soft_ce": soft_cross_entropy(f(x_adv), p).mean()}
 
     def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
