@@ -94,8 +94,7 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
         train.tune("apd", vlm, task, resume=True, **how)
 
 
-def test_a_checkpoint_of_another_version_is_refused(vlm, task, tmp_path, monkeypatch):
-    how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
+def killed_at_the_second_step(monkeypatch):
     real, calls = train.update, []
 
     def killed(*args):
@@ -105,6 +104,11 @@ def test_a_checkpoint_of_another_version_is_refused(vlm, task, tmp_path, monkeyp
         return real(*args)
 
     monkeypatch.setattr(train, "update", killed)
+
+
+def test_a_checkpoint_of_another_version_is_refused(vlm, task, tmp_path, monkeypatch):
+    how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
+    killed_at_the_second_step(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.tune("capt", vlm, task, **how)
     path = tmp_path / "run.partial" / "checkpoint.pt"
@@ -126,15 +130,7 @@ def test_what_fails_while_preparing_leaves_nothing(vlm, task, tmp_path):
 def test_an_interrupted_overwrite_goes_on(vlm, task, tmp_path, monkeypatch):
     how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
     train.tune("capt", vlm, task, **how)
-    real, calls = train.update, []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", killed)
+    killed_at_the_second_step(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.tune("capt", vlm, task, seed=1, overwrite=True, **how)
     assert runs.read_config(tmp_path / "run")["train"]["seed"] == 0  # the old run stands until the new is done
