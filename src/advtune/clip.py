@@ -75,12 +75,12 @@ class Block(nn.Module):
     """One pre-norm transformer layer: [B, L, W] -> [B, L, W].
 
     only: the place of the one token of each row that is wanted, [B], or one place for all; then [B, 1, W].
-    past: keys and values of tokens before these, the same for every row: see `memory`.
+    past: keys and values of tokens before these, the same for every row: see `memory`. mask: see `attend`.
     """
 
-    def __init__(self, config: TowerConfig, causal: bool):
+    def __init__(self, config: TowerConfig):
         super().__init__()
-        self.heads, self.causal = config.heads, causal
+        self.heads = config.heads
         self.norm1 = nn.LayerNorm(config.width, config.eps)
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
@@ -89,18 +89,19 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.mlp, config.width)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor, only: Tensor | int | None = None, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        normed, length = self.norm1(x), x.shape[1]
+    def forward(
+        self, x: Tensor, only: Tensor | int | None = None, past: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        normed = self.norm1(x)
         if only is None:
             q, k, v = self.project(normed, 0, 3)
         else:
             x = pick(x, only)
             q, (k, v) = self.project(pick(normed, only), 0, 1)[0], self.project(normed, 1, 3)
-        before = 0
         if past is not None:
-            before = past[0].shape[2]
             k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), t], dim=2) for p, t in zip(past, (k, v), strict=True))
-        mixed = attend(q, k, v, self.mask(length, before, only, x.device))
+        mixed = attend(q, k, v, mask)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
@@ -114,15 +115,6 @@ class Block(nn.Module):
         rows = slice(first * x.shape[2], stop * x.shape[2])
         found = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
         return tuple(found.unflatten(-1, (stop - first, self.heads, -1)).permute(2, 0, 3, 1, 4))
-
-    def mask(self, length: int, before: int, only: Tensor | int | None, device: torch.device) -> Tensor | None:
-        """Which of before + length places a query may look at: [Q, L], or, of one query a row, [B, 1, 1, L]."""
-        if not self.causal:
-            return None
-        places = torch.arange(before + length, device=device)
-        if only is None:
-            return places <= places[before:, None]
-        return places <= before + torch.as_tensor(only, device=device).view(-1, 1, 1, 1)
 
 
 def pick(x: Tensor, place: Tensor | int) -> Tensor:
@@ -150,7 +142,7 @@ class ImageTower(nn.Module):
         self.class_token = nn.Parameter(torch.randn(tower.width) * 0.02)
         self.position = nn.Parameter(torch.randn(1 + (config.image_size // config.patch) ** 2, tower.width) * 0.02)
         self.norm_pre = nn.LayerNorm(tower.width, tower.eps)
-        self.blocks = nn.ModuleList(Block(tower, causal=False) for _ in range(tower.layers))
+        self.blocks = nn.ModuleList(Block(tower) for _ in range(tower.layers))
         self.norm_post = nn.LayerNorm(tower.width, tower.eps)
         self.project = nn.Linear(tower.width, config.embed, bias=False)
 
@@ -189,7 +181,7 @@ class TextTower(nn.Module):
         self.end_token = config.end_token
         self.embed = nn.Embedding(config.vocabulary, tower.width)
         self.position = nn.Parameter(torch.randn(config.context, tower.width) * 0.01)
-        self.blocks = nn.ModuleList(Block(tower, causal=True) for _ in range(tower.layers))
+        self.blocks = nn.ModuleList(Block(tower) for _ in range(tower.layers))
         self.norm_post = nn.LayerNorm(tower.width, tower.eps)
         self.project = nn.Linear(tower.width, config.embed, bias=False)
 
@@ -215,6 +207,9 @@ class TextTower(nn.Module):
             x = overwrite(x, prompts[0], 1)
         x = x + self.position[: tokens.shape[1]]
         head, tail = x[:1, :p], x[:, p:]
+        places = torch.arange(tokens.shape[1], device=device)
+        mask = places <= places[:, None]  # causal, [L, L]
+        at_ends = (places <= ends[:, None])[:, None, None]  # [C, 1, 1, L]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if prompts is not None and 0 < i < prompts.shape[0]:
@@ -223,8 +218,8 @@ class TextTower(nn.Module):
                 else:
                     tail = overwrite(tail, prompts[i], 1 - p)
             last = i == len(self.blocks) - 1
-            tail = block(tail, ends - p if last else None, block.memory(head))
-            head = head if last else block(head)
+            tail = block(tail, ends - p if last else None, block.memory(head), at_ends if last else mask[p:])
+            head = head if last else block(head, mask=mask[:p, :p])
         return self.project(self.norm_post(tail[:, 0]))
 
     def shared(self, tokens: Tensor, prompts: Tensor | None) -> int:

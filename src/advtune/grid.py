@@ -123,9 +123,8 @@ def work(wanted: Sequence[Run], out: str | Path, **how: Any) -> Outcome:
 def through(wanted: Sequence[Run], bench: Bench) -> Outcome:
     """As `work`, in a folder that is this process's alone."""
     out, outcome, begin, worked = bench.out, Outcome(), time.monotonic(), 0
-    left = sum(not is_done(run, bench) for run in wanted)  # reads what rows there are, before others are made
-    for i, run in enumerate(wanted):
-        skip = is_done(run, bench)
+    done = [is_done(run, bench) for run in wanted]  # reads what rows there are, before others are made
+    for i, (run, skip) in enumerate(zip(wanted, done, strict=True)):
         try:
             failed = [] if skip else do(run, bench)
         except KeyboardInterrupt:
@@ -137,7 +136,7 @@ def through(wanted: Sequence[Run], bench: Bench) -> Outcome:
         worked += not skip
         if bench.show:
             seconds = time.monotonic() - begin
-            ahead = seconds / max(1, worked) * max(0, left - worked)
+            ahead = seconds / max(1, worked) * max(0, done.count(False) - worked)
             state = f"failed: {failed[0].error}" if failed else "was done" if skip else "done"
             times = f"{clock(seconds)} so far, about {clock(ahead)} left"
             print(f"[{i + 1}/{len(wanted)}] {run.key}: {state} ({times})", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from advtune.attacks import ATTACKS, PGD
 from advtune.data.task import OPENERS
 from advtune.errors import UserError, near
-from advtune.methods import configure
+from advtune.methods import METHODS, configure
 from advtune.options import as_options, fill
 from advtune.recipe import Recipe
 
@@ -198,8 +198,6 @@ def runs(study: Study, data: str, tests: Sequence[str | Slice], shots: Sequence[
 
 def attacks_in_training(method: str) -> bool:
     """Whether a method tunes on adversarial images; an unknown one is refused where its options are filled in."""
-    from advtune.methods import METHODS
-
     return method in METHODS and METHODS[method].attack.eps > 0
 
 
