@@ -167,6 +167,8 @@ def test_free_replay_resumes_to_the_same_bits_between_two_replays(vlm, task, tmp
     assert len(calls) == 6 + 4
     for name in ("delta.safetensors", "train.jsonl", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    lines = [json.loads(each) for each in (tmp_path / "cut" / "train.jsonl").read_text().splitlines()]
+    assert [each["epoch"] for each in lines] == [0] * 9  # three batches, three times each
     assert b"attack" not in (tmp_path / "cut" / "delta.safetensors").read_bytes()
 
 

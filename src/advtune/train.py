@@ -120,9 +120,9 @@ def tune(
     """Tune a backbone with a method on labelled images; the tuned model, which `evaluate` takes.
 
     options and attack: `key=value` texts or a mapping, for the method's and recipe's fields and for the
-    training attack's. shots: images a class, none for all. With `out`, a run folder is written; while it is
-    being made it is called OUT.partial, and `resume` goes on from there to the same bits. Raises UserError on
-    bad input, before anything is written, and on a loss or result that is not finite.
+    training attack's, whose `name` is pgd, n-fgsm or free. shots: images a class, none for all. With `out`, a run
+    folder is written; while it is being made it is called OUT.partial, and `resume` goes on from there to the same
+    bits. Raises UserError on bad input, before anything is written, and on a loss or result that is not finite.
     """
     check_seed(seed)
     options = [options] if isinstance(options, str) else options
