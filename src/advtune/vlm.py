@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from advtune.clip import CLIP
 from advtune.errors import UserError
+from advtune.portions import QUARTER, device_memory, encode
 from advtune.preprocess import Preprocess
 from advtune.pretrained import read_pretrained
 from advtune.prompts import FixedPrompts, Learned, Prompts
@@ -72,6 +73,7 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.origin = origin
         self.precision = "fp32"
+        self.text_memory: float | None = None  # bytes of text graph before it is computed twice; None: by the device
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.template = ""  # stands for every data set's, when the learned context takes its place
         self.classes: tuple[str, ...] = ()  # the only ones that a class-specific context has
@@ -122,7 +124,7 @@ class VLM(nn.Module):
 
     def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
         model = VLM(clip, self.tokenizer, self.origin, prompts)
-        model.precision, model.learned = self.precision, learned
+        model.precision, model.text_memory, model.learned = self.precision, self.text_memory, learned
         model.template, model.classes = self.template, self.classes
         return model
 
@@ -234,8 +236,10 @@ class VLM(nn.Module):
             return cache.features
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
+        memory = self.text_memory or QUARTER * device_memory(self.device)
         with self._autocast(low):
-            features = self.clip.encode_text(tokens, prompts)
+            lengths = self.clip.text.ends(tokens) + 1
+            features = encode(self.clip.encode_text, self.clip.config.text, tokens, lengths, prompts, low, memory)
         features = F.normalize(features.float(), dim=-1)
         if constant:
             self._cache = TextCache(tokens.cpu(), features)
