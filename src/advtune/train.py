@@ -19,6 +19,7 @@ from advtune.data import Images, Split, Task, load_images, load_task
 from advtune.errors import UserError
 from advtune.methods import Method, configure
 from advtune.options import as_options, describe
+from advtune.portions import QUARTER, device_memory
 from advtune.progress import progress
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
@@ -168,7 +169,9 @@ def fit(
     size, per_epoch, cycle = plan.steps(len(images.y))
     steps = cycle * getattr(plan.method, "cycles", 1)
     first = log.restore(learning, optimiser)
-    x, y = (t.to(plan.backbone.device) for t in (images.x, images.y))
+    device = plan.backbone.device
+    resident = images.x.nbytes <= QUARTER * device_memory(device)  # pixels, decoded, where they are needed
+    x, y = images.x.to(device) if resident else images.x, images.y.to(device)
     try:
         kept = prepare(plan, models, tokens, images, show) if first < steps else {}
     except UserError:
@@ -177,11 +180,12 @@ def fit(
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
         for step in range(first, steps):
             order = epoch_order(len(y), plan.seed, step // per_epoch)
-            rows = order[(step % per_epoch) * size :][:size].to(y.device)
+            rows = order[(step % per_epoch) * size :][:size]
             torch.manual_seed(mix(plan.seed, step))
-            pixels = x[rows].float() / 255
+            pixels = x[rows.to(x.device)].to(device, non_blocking=True).float() / 255
             if plan.recipe.augment:
                 pixels = crop_and_flip(pixels)
+            rows = rows.to(device)
             batch = Batch(pixels, y[rows], tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
             rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
             try:
@@ -238,12 +242,13 @@ def update(
 ) -> dict[str, float]:
     """One optimiser step; the loss terms as numbers. Raises UserError naming the term that is not finite."""
     terms = plan.method.loss(models, batch, plan.attack)
-    values = {name: float(term.detach()) for name, term in terms.items()}
+    heights = torch.stack(list(terms.values()))
+    optimiser.zero_grad(set_to_none=True)
+    heights.sum().backward()
+    values = dict(zip(terms, heights.tolist(), strict=True))  # asked for once, with all else of the step under way
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{plan.name}: the loss term {name!r} is {value} at step {step}; lower lr (now {rate:g})")
-    optimiser.zero_grad(set_to_none=True)
-    torch.stack(list(terms.values())).sum().backward()
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.step()
