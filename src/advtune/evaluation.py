@@ -219,8 +219,8 @@ def journal_path(s: Setting, attacks: Sequence[Any]) -> Path:
     models = [s.model] if s.source is None else [s.model, s.source]
     facts = [
         [attack_facts(attack) for attack in attacks], s.threat, s.images.sha256, s.split.resolution, DECODER,
-        [(model.origin.sha256, repr(model.clip.config), model.precision) for model in models], s.task.texts(),
-        s.size, s.seed, runs.device_name(s.model.device), runs.versions(),
+        [(model.origin.sha256, repr(model.clip.config), model.precision + model.compiled) for model in models],
+        s.task.texts(), s.size, s.seed, runs.device_name(s.model.device), runs.versions(),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return cache_dir() / "evaluations" / f"{key}.jsonl"

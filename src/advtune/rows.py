@@ -76,6 +76,8 @@ def row(
     known = sum(sha in model.seen for sha in runs.short(images.hashes))
     if known:
         notes.append(f"{known} of the {len(images.y)} images were tuned on")
+    if model.compiled:
+        notes.append("the image tower ran through torch.compile")
     if carried:
         notes.append("images that fell at a smaller eps were not attacked again")
     if attack is not None and hasattr(attack, "notes"):

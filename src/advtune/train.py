@@ -74,6 +74,7 @@ class Plan:
             "prompt_template": models["student"].template,
             "prompt_classes": list(models["student"].classes),
             "precision": self.backbone.precision,
+            "compiled": bool(self.backbone.compiled),
             "device": runs.device_name(self.backbone.device),
             "versions": runs.versions(),
             "notes": self.notes(len(images.y), models["student"]),
