@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -12,16 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from advtune.clip import TowerConfig
 
 LEAST, SHARE = 512, 1 / 8  # a further portion must save so many tokens, and such a share of all: it costs a launch
-QUARTER = 1 / 4  # of the device's memory may be a text graph; beyond, portions are computed again for their gradient
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes that a device has; without end where that cannot be asked."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return float("inf")
 
 
 def graph_bytes(config: TowerConfig, length: int, low: bool) -> int:

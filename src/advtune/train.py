@@ -19,7 +19,6 @@ from advtune.data import Images, Split, Task, load_images, load_task
 from advtune.errors import UserError
 from advtune.methods import Method, configure
 from advtune.options import as_options, describe
-from advtune.portions import QUARTER, device_memory
 from advtune.progress import progress
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
@@ -171,8 +170,7 @@ def fit(
     steps = cycle * getattr(plan.method, "cycles", 1)
     first = log.restore(learning, optimiser)
     device = plan.backbone.device
-    resident = images.x.nbytes <= QUARTER * device_memory(device)  # pixels, decoded, where they are needed
-    x, y = images.x.to(device) if resident else images.x, images.y.to(device)
+    images = images.on(device)
     try:
         kept = prepare(plan, models, tokens, images, show) if first < steps else {}
     except UserError:
@@ -180,14 +178,14 @@ def fit(
         raise
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
         for step in range(first, steps):
-            order = epoch_order(len(y), plan.seed, step // per_epoch)
+            order = epoch_order(len(images.y), plan.seed, step // per_epoch)
             rows = order[(step % per_epoch) * size :][:size]
             torch.manual_seed(mix(plan.seed, step))
-            pixels = x[rows.to(x.device)].to(device, non_blocking=True).float() / 255
+            pixels, y = images.batch(rows, device)
             if plan.recipe.augment:
                 pixels = crop_and_flip(pixels)
             rows = rows.to(device)
-            batch = Batch(pixels, y[rows], tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
+            batch = Batch(pixels, y, tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
             rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
             try:
                 terms = update(plan, models, batch, optimiser, rate, step)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from advtune.clip import CLIP
 from advtune.compiled import Compiled, check_compiler
 from advtune.errors import UserError
-from advtune.portions import QUARTER, device_memory, encode
+from advtune.memory import room
+from advtune.portions import encode
 from advtune.preprocess import Preprocess
 from advtune.pretrained import read_pretrained
 from advtune.prompts import FixedPrompts, Learned, Prompts
@@ -75,7 +76,7 @@ class VLM(nn.Module):
         self.origin = origin
         self.precision = "fp32"
         self.compiled = ""  # torch.compile's backend for the image tower; none: as it is written
-        self.text_memory: float | None = None  # bytes of text graph before it is computed twice; None: by the device
+        self.text_memory: float | None = None  # bytes that a graph of texts may take; none: see `room`
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.template = ""  # stands for every data set's, when the learned context takes its place
         self.classes: tuple[str, ...] = ()  # the only ones that a class-specific context has
@@ -243,7 +244,7 @@ class VLM(nn.Module):
             return cache.features
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
-        memory = self.text_memory or QUARTER * device_memory(self.device)
+        memory = self.text_memory or room(self.device)
         with self._autocast(low):
             lengths = self.clip.text.ends(tokens) + 1
             features = encode(self.clip.encode_text, self.clip.config.text, tokens, lengths, prompts, low, memory)
