@@ -42,7 +42,7 @@ from gpu_measure import (
     evaluating,
     inference,
     matrix_products,
-    stepper,
+    steps_of,
     timed,
     training,
 )
@@ -174,7 +174,7 @@ def syncs_are_errors(cuda: bool) -> Iterator[None]:
 
 
 def syncs(bench: Bench) -> None:
-    """Whether attacks and steps make the processor wait for the device, as far as torch tells; where first."""
+    """Whether attacks and losses make the processor wait for the device, as far as torch tells; where first."""
     size, model = 4 if bench.small else 64, bench.backbone("vit-b/32", 100)
     x = torch.rand(size, 3, model.side, model.side, device=model.device)
     y = torch.zeros(size, dtype=torch.long, device=model.device)
@@ -187,7 +187,7 @@ def syncs(bench: Bench) -> None:
     }
     for name in ("tecoa", "fap"):
         models = configure(name)[0].setup(model, Made, 0)
-        calls[f"training step, {name}"] = stepper(name, models, size, 100)
+        calls[f"attack, loss and backward of {name}"] = steps_of(name, models, size, 100)[0]
     for what, call in calls.items():
         call()
         row: Row = {"what": what, "synchronises": False if bench.cuda else None, "where": ""}

@@ -10,8 +10,9 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from advtune.clip import CLIP, ClipConfig, TowerConfig
 from advtune.losses import cross_entropy
 from advtune.methods import configure
 from advtune.preprocess import Preprocess
+from advtune.train import update
 from advtune.vlm import VLM, Batch, Origin, native_bf16, shell
 
 Row = dict[str, Any]
@@ -208,9 +210,11 @@ def with_compiled_tower(bench: Bench, model: VLM) -> None:
     model.clip.image = compiled(bench, model.clip.image)
 
 
-def stepper(name: str, models: Mapping[str, VLM], size: int, classes: int) -> Callable[[], None]:
-    """A training step as the loop takes it: attack, loss, backward, optimiser; at a rate of 0, so that the model stays
-    what it is. What a method prepares once for all epochs is prepared."""
+def steps_of(
+    name: str, models: Mapping[str, VLM], size: int, classes: int
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A method's attack, loss and backward, and with the optimiser the loop's whole step, which asks once for the loss;
+    at a rate of 0, so that the model stays what it is. What a method prepares once for all epochs is prepared."""
     method, recipe, attack = configure(name)
     student = models["student"]
     x = torch.rand(size, 3, student.side, student.side, device=student.device)
@@ -219,15 +223,9 @@ def stepper(name: str, models: Mapping[str, VLM], size: int, classes: int) -> Ca
     if hasattr(method, "prepare") and not recipe.augment:
         batch.kept = {key: value.detach() for key, value in method.prepare(models, batch, attack).items()}
     learning = dict.fromkeys(p for model in models.values() for p in model.parameters() if p.requires_grad)
-    optimiser = replace(recipe, lr=0.0).optimiser(learning)
-
-    def step() -> None:
-        terms = method.loss(models, batch, attack)
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack(list(terms.values())).sum().backward()
-        optimiser.step()
-
-    return step
+    plan = SimpleNamespace(name=name, method=method, attack=attack)
+    whole = partial(update, plan, models, batch, recipe.optimiser(learning), 0.0, 0)
+    return lambda: torch.stack(list(method.loss(models, batch, attack).values())).sum().backward(), whole
 
 
 def training(bench: Bench, name: str, shape: str, classes: int, batch: int, compile: bool = False) -> Row:
@@ -236,10 +234,10 @@ def training(bench: Bench, name: str, shape: str, classes: int, batch: int, comp
     def measure(size: int) -> Row:
         models = configure(name)[0].setup(bench.backbone(shape, classes), Made, 0)
         counted = {key: model.to("meta") for key, model in copy.deepcopy(models).items()}
-        tflop = operations(stepper(name, counted, size, classes))
+        tflop = operations(steps_of(name, counted, size, classes)[0])
         if compile:
             with_compiled_tower(bench, models["student"])
-        return rates(bench, size, stepper(name, models, size, classes), tflop)
+        return rates(bench, size, steps_of(name, models, size, classes)[1], tflop)
 
     row = fitting(bench, batch, measure)
     return {"what": name, "shape": shape, "classes": classes, "precision": bench.precision, **row}

@@ -51,7 +51,7 @@ TABLES: dict[str, tuple[str, str, dict[str, str]]] = {  # part: heading, what it
     "images": ("Images", "Calls at ViT-B/16 with 100 classes.", STEP),
     "syncs": (
         "Waiting for the device",
-        "Calls under torch's sync debug mode, which sees most but not all waits.",
+        "Calls under torch's sync debug mode, which sees most waits. The loop asks for the loss once a step besides.",
         {"what": "", "synchronises": "waits", "where": "first at"},
     ),
     "compile": (
