@@ -61,6 +61,7 @@ from advtune.train import tune
 from advtune.vlm import VLM
 
 FIRST = ("pmg-aft", "tecoa", "fap", "apt", "capt", "apd")  # of the methods, should the time not do for all
+TARGET = ("pmg-aft", "vit-b/16")  # over 40 % of the peak, at TOWER_BATCH
 TOWER_BATCH = 256  # images a step where a tower learns; other methods take their paper's batch
 CLASSES, SIZES = (10, 100, 1000, 10_000), (1, 4, 16, 64, 256, 1024)
 
@@ -94,13 +95,23 @@ def speed(bench: Bench) -> None:
             bench.keep("speed", inference(bench, what, shape, 4 if bench.small else 256))
         for name in [*FIRST, *(name for name in METHODS if name not in (*FIRST, "zero-shot"))]:
             bench.keep("speed", training(bench, name, shape, 100, batch_of(bench, name)))
+            if (name, shape) == TARGET:
+                row = training(bench, name, shape, 100, batch_of(bench, name), compile=True)
+                bench.keep("speed", {**row, "what": f"{name}, compiled"})
 
 
 def memory(bench: Bench) -> None:
-    """Training steps at ImageNet's 1000 classes."""
+    """Training steps at ImageNet's 1000 classes, as a device of 8 GB would take them, and as this one does."""
+    for limit in (2 * 2**30, None):
+        bench.text_memory = limit
+        memory_of(bench, limit)
+
+
+def memory_of(bench: Bench, limit: float | None) -> None:
     for shape in ("vit-b/32",) if bench.small else ("vit-b/32", "vit-b/16"):
         for name in ("apt", "fap", "capt", "apd", "tecoa", "pmg-aft"):
-            bench.keep("memory", training(bench, name, shape, 20 if bench.small else 1000, batch_of(bench, name)))
+            row = training(bench, name, shape, 20 if bench.small else 1000, batch_of(bench, name))
+            bench.keep("memory", {**row, "text_gib": limit and limit / 2**30})
 
 
 def pictures(bench: Bench, model: VLM) -> tuple[Tensor, Tensor, Sequence[str], str, str]:
@@ -310,11 +321,11 @@ def targets(found: Row) -> list[Row]:
     """What the project wants of an H200, beside what was measured."""
     lines = []
     for row in found.get("speed", []):
-        if (row["what"], row["shape"]) == ("pmg-aft", "vit-b/16"):
-            name = f"pmg-aft, vit-b/16, batch {row['batch']}: share of the peak"
+        if (row["what"].partition(",")[0], row["shape"]) == TARGET:
+            name = f"{row['what']}, {row['shape']}, batch {row['batch']}: share of the peak"
             lines.append({"target": name, "wanted": "over 0.4 at 256", "measured": row.get("share_of_peak")})
     for row in found.get("memory", []):
-        if row["what"] in ("apt", "fap") and row["shape"] == "vit-b/32":
+        if row["what"] in ("apt", "fap") and row["shape"] == "vit-b/32" and row["text_gib"]:
             name = f"{row['what']}, vit-b/32, {row['classes']} classes: GB"
             lines.append({"target": name, "wanted": "under 8 at 1000", "measured": row.get("peak_gb")})
     return lines

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from advtune.attacks import PGD
@@ -26,7 +26,7 @@ from advtune.losses import cross_entropy
 from advtune.methods import configure
 from advtune.preprocess import Preprocess
 from advtune.train import update
-from advtune.vlm import VLM, Batch, Origin, native_bf16, shell
+from advtune.vlm import VLM, Batch, Origin, native_bf16
 
 Row = dict[str, Any]
 
@@ -80,6 +80,7 @@ class Bench:
     clip: tuple[str, CLIP] | None = None
     tuned: Any = None
     peaks: dict[str, float] = field(default_factory=dict)  # TFLOP/s of matrix products, by precision
+    text_memory: float | None = None  # bytes of text graph; none: the device's quarter
 
     @property
     def small(self) -> bool:
@@ -111,7 +112,7 @@ class Bench:
             self.free()
             self.clip = (shape, made_clip(shape, self.small, self.device))
         model = VLM(self.clip[1], Words(classes), Origin(shape, ""))
-        model.precision = self.precision
+        model.precision, model.text_memory = self.precision, self.text_memory
         return model
 
 
@@ -199,15 +200,10 @@ def fitting(bench: Bench, batch: int, measure: Callable[[int], Row]) -> Row:
     return {"batch": 0, "asked": batch, "note": "out of memory at one image"}
 
 
-def compiled(bench: Bench, tower: nn.Module) -> nn.Module:
-    """The image tower behind torch.compile, with CUDA graphs; on a processor only traced."""
-    how = {"mode": "reduce-overhead"} if bench.cuda else {"backend": "eager"}
-    return torch.compile(tower, **how)
-
-
-def with_compiled_tower(bench: Bench, model: VLM) -> None:
-    model.clip = shell(model.clip)
-    model.clip.image = compiled(bench, model.clip.image)
+def compile_towers(bench: Bench, *models: VLM) -> None:
+    """Image towers behind torch.compile, as --compile does it; on a processor only traced."""
+    for model in models:
+        model.compiled = "inductor" if bench.cuda else "eager"
 
 
 def steps_of(
@@ -236,7 +232,7 @@ def training(bench: Bench, name: str, shape: str, classes: int, batch: int, comp
         counted = {key: model.to("meta") for key, model in copy.deepcopy(models).items()}
         tflop = operations(steps_of(name, counted, size, classes)[0])
         if compile:
-            with_compiled_tower(bench, models["student"])
+            compile_towers(bench, *models.values())
         return rates(bench, size, steps_of(name, models, size, classes)[1], tflop)
 
     row = fitting(bench, batch, measure)
@@ -264,7 +260,7 @@ def inference(bench: Bench, what: str, shape: str, batch: int, classes: int = 10
         counted = evaluating(copy.deepcopy(model).to("meta"), size)
         tflop = sum(times * operations(counted[piece]) for piece, times in PIECES[what].items())
         if compile:
-            with_compiled_tower(bench, model)
+            compile_towers(bench, model)
         return rates(bench, size, evaluating(model, size)[what], tflop)
 
     row = fitting(bench, batch, measure)

@@ -228,9 +228,9 @@ class VLM(nn.Module):
     def _image(self, x: Tensor, learned: Learned, dense: bool = False) -> Tensor:
         if self.compiled and self._program is None:
             graphs = self.device.type == "cuda" and not any(p.requires_grad for p in self.parameters())
-            self._program = Compiled(self.clip.encode_image, self.compiled, graphs)
+            self._program = Compiled(self.clip.image.forward, self.compiled, graphs)
         with self._autocast(self.precision == "bf16"):
-            return (self._program or self.clip.encode_image)(x, learned.image, learned.pad, dense).float()
+            return self.clip.encode_image(x, learned.image, learned.pad, dense, self._program).float()
 
     def _autocast(self, low: bool) -> AbstractContextManager[Any]:
         if self.device.type == "meta":  # where operations are counted; it knows no autocast
