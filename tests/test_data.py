@@ -702,3 +702,14 @@ def test_split_goes_into_a_row_as_it_is():
 
     row = json.loads(json.dumps(asdict(Split("fit", shots=4, seed=0))))
     assert Split(**row) == Split("fit", shots=4)
+
+
+def test_pixels_go_to_the_device_if_they_fit_there(image_folder, monkeypatch):
+    found = load_images(load_task(f"folder:{image_folder}"), Split(part="train", resolution=16), progress=False)
+    rows, meta = torch.tensor([3, 0]), torch.device("meta")
+    assert found.on(meta).x.device == meta and found.on(meta).y.device == torch.device("cpu")
+    assert found.on(meta).batch(rows, meta)[0].shape == (2, 3, 16, 16)
+    x, y = found.batch(rows, torch.device("cpu"))
+    assert torch.equal(x, found.x[rows].float() / 255) and torch.equal(y, found.y[rows])
+    monkeypatch.setattr(images, "room", lambda device: found.x.nbytes - 1)
+    assert found.on(meta) is found

@@ -9,7 +9,7 @@ import torch
 
 import advtune
 from advtune import checkpoint, cost, runs, train
-from advtune.attacks import NFGSM, PGD, Free, Replay
+from advtune.attacks import NFGSM, PGD, Free, Replay, leaving
 from advtune.cli import main
 from advtune.errors import UserError
 from advtune.losses import cross_entropy
@@ -175,8 +175,12 @@ def test_free_replay_resumes_to_the_same_bits_between_two_replays(vlm, task, tmp
 # --- early stopping -----------------------------------------------------------------------------------------
 
 
-def test_early_stopping_in_training_asks_only_about_what_still_stands():
-    """The last iterate of each, or the first that fools; a step's gradient each and no look back at the end."""
+@pytest.mark.parametrize("late", [False, True])
+def test_early_stopping_in_training_asks_only_about_what_still_stands(late, monkeypatch):
+    """The last iterate of each, or the first that fools; a step's gradient each and no look back at the end. On an
+    accelerator (late) what fools stays a step longer in the batch."""
+    monkeypatch.setattr(leaving.Late.__init__, "__defaults__", (late,))
+    monkeypatch.setattr(leaving.Leaving.__init__, "__defaults__", (late,))
     f, x = Linear(seed=1), images(64, 4)
     y = f(x).argmax(1)
     y[:9] = 1 - y[:9]
@@ -190,7 +194,7 @@ def test_early_stopping_in_training_asks_only_about_what_still_stands():
         live &= f(z).argmax(1) == y
         z = torch.where(live[:, None, None, None], (z + eps / 3 * uphill(f, y)).clamp(0, 1), z)
     torch.testing.assert_close(found, z)
-    assert seen.sizes == sizes
+    assert seen.sizes == ([64, *sizes[:2]] if late else sizes)
     assert sizes[:2] == [64, 55] and 0 < sizes[2] < 55
 
 

@@ -152,6 +152,8 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:
     p.add_argument("--on-bad-image", default="fail", choices=("fail", "skip"), help="on a corrupt image (default fail)")
     p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    p.add_argument("--compile", action="store_true",
+                   help="image tower through torch.compile, worth its minute in long runs")  # fmt: skip
 
 
 def _report(verbs: Any) -> None:

@@ -242,12 +242,14 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
 
     def encode_image(
-        self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False
-    ) -> Tensor:
+        self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False,
+        tower: Callable[..., Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised; dense: the patches as well, [B, 1 + N, D].
-        prompts [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels."""
+        prompts [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels. tower: stands for the
+        image tower, compiled."""
         x = self.config.preprocess(x)
-        return self.image(x if pad is None else x + pad, prompts, dense)
+        return (tower or self.image)(x if pad is None else x + pad, prompts, dense)
 
     def encode_text(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none."""

@@ -99,7 +99,7 @@ def evaluate_all(
     task = task_for(model, data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
     split = Split(part=part, limit=limit, resolution=side, on_bad=on_bad)
-    images = load_images(task, split, progress=show)
+    images = load_images(task, split, progress=show).on(model.device)
     threat = threat_model(source, defence, attacks[-1])
     s = Setting(model, task, split, images, batch_size, seed, show, threat, source, defence)
     clean = predict(s) == images.y
@@ -150,12 +150,12 @@ def predict(s: Setting) -> Tensor:
     found = []
     seed = seeded(s.seed, s.model.device)  # a defence may be random
     with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad(), seed:
-        for x in s.images.x.split(s.size):
-            logits = s.f(x.to(s.model.device).float() / 255)
+        for rows in torch.arange(len(s.images.y)).split(s.size):
+            logits = s.f(s.images.batch(rows, s.model.device)[0])
             if not bool(logits.isfinite().all()):
                 raise UserError("the model's logits are not finite; it diverged in tuning, or its weights are damaged")
             found.append(logits.argmax(1).cpu())
-            advance(len(x))
+            advance(len(rows))
     return torch.cat(found)
 
 
@@ -221,8 +221,8 @@ def journal_path(s: Setting, attacks: Sequence[Any]) -> Path:
     models = [s.model] if s.source is None else [s.model, s.source]
     facts = [
         [attack_facts(attack) for attack in attacks], s.threat, s.images.sha256, s.split.resolution, DECODER,
-        [(model.origin.sha256, repr(model.clip.config), model.precision) for model in models], s.task.texts(),
-        s.size, s.seed, runs.device_name(s.model.device), runs.versions(),
+        [(model.origin.sha256, repr(model.clip.config), model.precision + model.compiled) for model in models],
+        s.task.texts(), s.size, s.seed, runs.device_name(s.model.device), runs.versions(),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return cache_dir() / "evaluations" / f"{key}.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,8 +32,7 @@ class Preprocess:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.crop_centre(self.resized(x))
-        mean = torch.tensor(self.mean, device=x.device, dtype=x.dtype).view(3, 1, 1)
-        std = torch.tensor(self.std, device=x.device, dtype=x.dtype).view(3, 1, 1)
+        mean, std = (channels(each, x.device, x.dtype) for each in (self.mean, self.std))
         return (x - mean) / std
 
     def resized(self, x: Tensor) -> Tensor:
@@ -57,6 +57,12 @@ class Preprocess:
             pad = (max(0, -left), max(0, -left) + 1, max(0, -top), max(0, -top) + 1)
             return self.crop_centre(F.pad(x, pad))
         return x[..., top : top + self.crop, left : left + self.crop]
+
+
+@lru_cache(maxsize=64)
+def channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number a channel, [3, 1, 1]; kept, since a device waits for what is copied to it."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
 
 
 def from_config(config: Mapping[str, Any]) -> Preprocess:

@@ -72,14 +72,6 @@ def row(
     train = {k: v for k, v in run.get("train", {}).items() if k not in ("source_classes", "all_classes")}
     if train:
         train |= {"classes": len(train["classes"]), "attack": run["attack"]}
-    notes = list(run.get("notes", []))
-    known = sum(sha in model.seen for sha in runs.short(images.hashes))
-    if known:
-        notes.append(f"{known} of the {len(images.y)} images were tuned on")
-    if carried:
-        notes.append("images that fell at a smaller eps were not attacked again")
-    if attack is not None and hasattr(attack, "notes"):
-        notes += attack.notes(len(task.classes))
     origin = {} if s.source is None else {"source": s.source.origin.name, "source_sha256": s.source.origin.sha256}
     flags = {"clean": flag_text(clean.tolist())}
     if outcome is not None:
@@ -119,9 +111,24 @@ def row(
         batch_size=s.size,
         seconds=round(seconds, 2),
         versions=runs.versions(),
-        notes=notes,
+        notes=noted(s, attack, carried),
         flags=flags,
     )
+
+
+def noted(s: Setting, attack: Attack | None, carried: bool) -> list[str]:
+    """What a reader of the row should know of the run and of this evaluation."""
+    notes = list(s.model.run.get("notes", []))
+    known = sum(sha in s.model.seen for sha in runs.short(s.images.hashes))
+    if known:
+        notes.append(f"{known} of the {len(s.images.y)} images were tuned on")
+    if s.model.compiled:
+        notes.append("the image tower ran through torch.compile")
+    if carried:
+        notes.append("images that fell at a smaller eps were not attacked again")
+    if attack is not None and hasattr(attack, "notes"):
+        notes += attack.notes(len(s.task.classes))
+    return notes
 
 
 def attack_facts(attack: Any) -> dict[str, Any]:

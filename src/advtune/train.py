@@ -74,6 +74,7 @@ class Plan:
             "prompt_template": models["student"].template,
             "prompt_classes": list(models["student"].classes),
             "precision": self.backbone.precision,
+            "compiled": bool(self.backbone.compiled),
             "device": runs.device_name(self.backbone.device),
             "versions": runs.versions(),
             "notes": self.notes(len(images.y), models["student"]),
@@ -175,7 +176,8 @@ def fit(
         d = plan.attack.start((size, *images.x.shape[1:]), plan.seed).to(plan.backbone.device)
         learning["attack.d"] = d  # kept from batch to batch, so in the checkpoint
     first = log.restore(learning, optimiser)
-    x, y = (t.to(plan.backbone.device) for t in (images.x, images.y))
+    device = plan.backbone.device
+    images = images.on(device)
     try:
         kept = prepare(plan, models, tokens, images, show) if first < steps else {}
     except UserError:
@@ -184,13 +186,14 @@ def fit(
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
         for step in range(first, steps):
             number = step // m  # of the batch; the replays of one see the same images, augmented alike
-            order = epoch_order(len(y), plan.seed, number // per_epoch)
-            rows = order[(number % per_epoch) * size :][:size].to(y.device)
+            order = epoch_order(len(images.y), plan.seed, number // per_epoch)
+            rows = order[(number % per_epoch) * size :][:size]
             torch.manual_seed(mix(plan.seed, number * m))
-            pixels = x[rows].float() / 255
+            pixels, y = images.batch(rows, device)
             if plan.recipe.augment:
                 pixels = crop_and_flip(pixels)
-            batch = Batch(pixels, y[rows], tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
+            rows = rows.to(device)
+            batch = Batch(pixels, y, tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
             rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
             try:
                 terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)])
@@ -249,14 +252,15 @@ def update(
     place. Raises UserError naming the term that is not finite."""
     attack = Replay(plan.attack, d) if isinstance(plan.attack, Free) else plan.attack
     terms = plan.method.loss(models, batch, attack)
-    values = {name: float(term.detach()) for name, term in terms.items()}
+    heights = torch.stack(list(terms.values()))
+    optimiser.zero_grad(set_to_none=True)
+    heights.sum().backward()
+    if isinstance(attack, Replay):
+        attack.climb()
+    values = dict(zip(terms, heights.tolist(), strict=True))  # asked for once, with all else of the step under way
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{plan.name}: the loss term {name!r} is {value} at step {step}; lower lr (now {rate:g})")
-    optimiser.zero_grad(set_to_none=True)
-    torch.stack(list(terms.values())).sum().backward()
-    if isinstance(attack, Replay):
-        attack.climb()
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.step()

@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advtune.clip import CLIP
+from advtune.compiled import Compiled, check_compiler
 from advtune.errors import UserError
+from advtune.memory import room
+from advtune.portions import encode
 from advtune.preprocess import Preprocess
 from advtune.pretrained import read_pretrained
 from advtune.prompts import FixedPrompts, Learned, Prompts
@@ -72,6 +75,8 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.origin = origin
         self.precision = "fp32"
+        self.compiled = ""  # torch.compile's backend for the image tower; none: as it is written
+        self.text_memory: float | None = None  # bytes that a graph of texts may take; none: see `room`
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.template = ""  # stands for every data set's, when the learned context takes its place
         self.classes: tuple[str, ...] = ()  # the only ones that a class-specific context has
@@ -79,6 +84,7 @@ class VLM(nn.Module):
         self.folders: frozenset[str] = frozenset()  # the run folders that it stands on
         self.seen: frozenset[str] = frozenset()  # content hashes of the images it was tuned on
         self._cache = TextCache()
+        self._program: Compiled | None = None
 
     # --- what was learned -------------------------------------------------------------------------------
 
@@ -122,7 +128,8 @@ class VLM(nn.Module):
 
     def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
         model = VLM(clip, self.tokenizer, self.origin, prompts)
-        model.precision, model.learned = self.precision, learned
+        model.precision, model.text_memory, model.learned = self.precision, self.text_memory, learned
+        model.compiled = self.compiled
         model.template, model.classes = self.template, self.classes
         return model
 
@@ -219,8 +226,11 @@ class VLM(nn.Module):
         return Learned() if self.prompts is None else self.prompts()
 
     def _image(self, x: Tensor, learned: Learned, dense: bool = False) -> Tensor:
+        if self.compiled and self._program is None:
+            graphs = self.device.type == "cuda" and not any(p.requires_grad for p in self.parameters())
+            self._program = Compiled(self.clip.image.forward, self.compiled, graphs)
         with self._autocast(self.precision == "bf16"):
-            return self.clip.encode_image(x, learned.image, learned.pad, dense).float()
+            return self.clip.encode_image(x, learned.image, learned.pad, dense, self._program).float()
 
     def _autocast(self, low: bool) -> AbstractContextManager[Any]:
         if self.device.type == "meta":  # where operations are counted; it knows no autocast
@@ -234,8 +244,10 @@ class VLM(nn.Module):
             return cache.features
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
+        memory = self.text_memory or room(self.device)
         with self._autocast(low):
-            features = self.clip.encode_text(tokens, prompts)
+            lengths = self.clip.text.ends(tokens) + 1
+            features = encode(self.clip.encode_text, self.clip.config.text, tokens, lengths, prompts, low, memory)
         features = F.normalize(features.float(), dim=-1)
         if constant:
             self._cache = TextCache(tokens.cpu(), features)
@@ -249,15 +261,19 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def load_vlm(name: str, device: str = "cpu", precision: str = "auto") -> VLM:
+def load_vlm(name: str, device: str = "cpu", precision: str = "auto", compile: bool = False) -> VLM:
     """A frozen zero-shot model from a backbone: `mini`, a folder in Hugging Face CLIP format, or a hub id.
 
-    precision: fp32, bf16, or auto (bf16 where the hardware has it). Raises UserError as `read_pretrained`.
+    precision: fp32, bf16, or auto (bf16 where the hardware has it). compile: the image tower through torch.compile.
+    Raises UserError as `read_pretrained`, and where there is nothing to compile with.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"precision {precision!r} is not one of auto, fp32, bf16")
+    if compile:
+        check_compiler()
     read = read_pretrained(name)
     model = VLM(read.clip, read.tokenizer, Origin(read.name, read.sha256, read.notice)).to(device)
     fast = native_bf16(model.device)
     model.precision = ("bf16" if fast else "fp32") if precision == "auto" else precision
+    model.compiled = "inductor" if compile else ""
     return model

@@ -21,6 +21,7 @@ from advtune.attacks.ball import (
     wide,
 )
 from advtune.attacks.gradients import Function, Loss, bpda_option, eot_option, gradient, standing
+from advtune.attacks.leaving import Leaving
 from advtune.losses import cross_entropy, dlr, targeted_dlr
 from advtune.options import option
 
@@ -89,7 +90,7 @@ class APGD:
     def _climb(self, f: Function, z: Tensor, x: Tensor, y: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """One run from z: the best iterates [B, 3, S, S] and their losses [B], infinite where the label changed."""
         found, height = z.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-        live = torch.arange(len(x), device=x.device)
+        live, leaving = torch.arange(len(x), device=x.device), Leaving(x.device)
         window, shrink, least = (max(1, int(share * self.steps)) for share in (0.22, 0.03, 0.06))
         until = window
         s = {"x": x, "y": y, "target": target, "z": z, "old": z}
@@ -100,8 +101,9 @@ class APGD:
             slope, each, logits = gradient(f, s["z"], s["target"], loss, not last, self.eot, self.bpda)
             fooled = logits.argmax(1) != s["y"] if self.early_stop and self.eot == 1 else torch.zeros_like(each) > 0
             better = fooled | (each > height[live])
-            found[live[better]], height[live[better]] = s["z"][better], torch.where(fooled, torch.inf, each)[better]
-            if last or bool(fooled.all()):
+            found[live] = torch.where(wide(better), s["z"], found[live])
+            height[live] = torch.where(better, torch.where(fooled, torch.inf, each), height[live])
+            if last:
                 break
             if i == 0:
                 s |= {"best": s["z"], "best_slope": slope, "best_loss": each, "checked": each, "loss": each}
@@ -116,8 +118,11 @@ class APGD:
                 s |= self._checkpoint(s, window)
                 window = max(window - shrink, least)
                 until += window
-            if bool(fooled.any()):
-                s, live = {name: v[~fooled] for name, v in s.items()}, live[~fooled]
+            stay = leaving(fooled)
+            if stay is not None:
+                s, live = {name: v[stay] for name, v in s.items()}, live[stay]
+                if len(live) == 0:
+                    break
         return found, height
 
     def _move(self, s: dict[str, Tensor], share: float) -> Tensor:

@@ -76,6 +76,6 @@ class CWL2:
             clipped = z.detach().clamp(0, 1)
             far = distance(clipped - x, "l2")
             nearer = (logits.argmax(1) != y) & (lead >= self.confidence) & (far < length)
-            best[nearer], length[nearer] = clipped[nearer], far[nearer]
+            best, length = torch.where(wide(nearer), clipped, best), torch.where(nearer, far, length)
             adam.step()
         return best, length

@@ -11,6 +11,7 @@ from torch import Tensor
 from advtune.attacks.apgd import wrong
 from advtune.attacks.ball import LEAST, check_attack, distance, eps_option, norm_option, wide
 from advtune.attacks.gradients import Function, bpda_option, gradient, standing
+from advtune.attacks.leaving import Late, Leaving
 from advtune.options import option
 
 ETA, ALPHA, BETA = 1.05, 0.1, 0.9  # overshoot, greatest pull towards the image, step back: the paper's
@@ -59,7 +60,7 @@ class FAB:
         """The nearest adversarial images found within eps (or x) and heights [B]: minus their distance, infinite
         with early_stop, -infinite where none was found."""
         found, height = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-        live = torch.arange(len(x), device=x.device)
+        live, leaving = torch.arange(len(x), device=x.device), Leaving(x.device)
         z = x
         for _ in range(self.steps):
             slope, ahead, _ = gradient(f, z, torch.stack([y, to], 1), lead, bpda=self.bpda)
@@ -68,11 +69,13 @@ class FAB:
                 fooled = f(z).argmax(1) != y
             length = distance(z - x, self.norm)
             better = fooled & (length <= self.eps) & (-length > height[live])
-            found[live[better]] = z[better]
-            height[live[better]] = torch.inf if self.early_stop else -length[better]
+            found[live] = torch.where(wide(better), z, found[live])
+            reached = torch.full_like(length, torch.inf) if self.early_stop else -length
+            height[live] = torch.where(better, reached, height[live])
             z = torch.where(wide(fooled), x + BETA * (z - x), z)
-            if self.early_stop and bool(better.any()):
-                x, y, to, z, live = (each[~better] for each in (x, y, to, z, live))
+            stay = leaving(better) if self.early_stop else None
+            if stay is not None:
+                x, y, to, z, live = (each[stay] for each in (x, y, to, z, live))
                 if len(live) == 0:
                     break
         return found, height
@@ -104,13 +107,14 @@ def onto_plane(z: Tensor, slope: Tensor, c: Tensor, norm: str) -> Tensor:
     w, need, flat = w.abs() / scale[:, None], need / scale, z.flatten(1)
     room = torch.where(way > 0, 1 - flat, flat)
     unit = torch.ones_like(w) if norm == "linf" else w
-    t = torch.zeros_like(need)
+    t, asked = torch.zeros_like(need), Late(need.device)
     for _ in range(50):
         d = torch.minimum(t[:, None] * unit, room)
         short = need - (w * d).sum(1)
         rate = (w * unit * (d < room)).sum(1)
         go = (short > 1e-4 * need) & (rate > 1e-20)  # a step is overshot by ETA: nothing finer matters
-        if not bool(go.any()):
+        more = asked(go)
+        if more is not None and not more.any():
             break
         t = torch.where(go, t + short / rate, t)
     return (way * torch.minimum(t[:, None] * unit, room)).view_as(z)

@@ -17,8 +17,10 @@ from advtune.attacks.ball import (
     norm_option,
     project,
     random_point,
+    wide,
 )
 from advtune.attacks.gradients import Function, Loss, bpda_option, eot_option, gradient, standing
+from advtune.attacks.leaving import Leaving
 from advtune.errors import UserError
 from advtune.losses import cross_entropy, kl, margin
 from advtune.options import option
@@ -118,22 +120,26 @@ class PGD:
     def _climb(self, f: Function, z: Tensor, x: Tensor, y: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """One run from z: iterates [B, 3, S, S] and their losses [B], infinite where the label changed."""
         best, height = z.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-        live = torch.arange(len(x), device=x.device)
+        live, leaving = torch.arange(len(x), device=x.device), Leaving(x.device)
         for step in range(self.steps + 1):
             last = step == self.steps
             if last and self.keep == "last" and self.restarts == 1:  # it is returned, however high
-                best[live], height[live] = z, 0.0
+                best[live] = torch.where(wide(height[live] == torch.inf), best[live], z)
                 break
-            slope, each, logits = gradient(f, z, target[live], loss, not last, self.eot, self.bpda)
-            fooled = logits.argmax(1) != y[live] if self.leave else torch.zeros_like(each) > 0
+            slope, each, logits = gradient(f, z, target, loss, not last, self.eot, self.bpda)
+            fooled = logits.argmax(1) != y if self.leave else torch.zeros_like(each) > 0
             each = torch.where(fooled, torch.inf, each)
-            better = fooled | (each > height[live]) | (self.keep == "last")
-            best[live[better]], height[live[better]] = z[better], each[better]
-            if last or bool(fooled.all()):
+            better = (height[live] != torch.inf) & (fooled | (each > height[live]) | (self.keep == "last"))
+            best[live] = torch.where(wide(better), z, best[live])
+            height[live] = torch.where(better, each, height[live])
+            if last:
                 break
-            z = project(z + self.step * ascent(slope, self.norm), x[live], self.eps, self.norm)
-            if bool(fooled.any()):
-                z, live = z[~fooled], live[~fooled]
+            stay = leaving(fooled)
+            if stay is not None:
+                z, x, y, target, live, slope = (t[stay] for t in (z, x, y, target, live, slope))
+                if len(live) == 0:
+                    break
+            z = project(z + self.step * ascent(slope, self.norm), x, self.eps, self.norm)
         return best, height
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from advtune.attacks.ball import TINY, check_attack, distance, eps_option, image_seeds, norm_option, uniform, wide
 from advtune.attacks.gradients import Function
+from advtune.attacks.leaving import Leaving
 from advtune.losses import margin
 from advtune.options import option
 
@@ -48,14 +49,14 @@ class Square:
         seeds = image_seeds(x)
         u = uniform(seeds, (self.queries, NUMBERS), x)
         z = begin(x, self.eps, self.norm, seeds)
-        found, live = z.clone(), torch.arange(len(x), device=x.device)
+        found, live, leaving = z.clone(), torch.arange(len(x), device=x.device), Leaving(x.device)
         best = margin(f(z), y)
         propose = square_linf if self.norm == "linf" else square_l2
         for query in range(self.queries):
-            stay = best <= 0 if self.early_stop else torch.ones_like(best) > 0
-            if not bool(stay.all()):
+            stay = leaving(best > 0) if self.early_stop else None
+            if stay is not None:
                 found[live] = z
-                x, y, z, best, live = x[stay], y[stay], z[stay], best[stay], live[stay]
+                x, y, z, best, live = (t[stay] for t in (x, y, z, best, live))
                 if len(live) == 0:
                     break
             new = propose(z, x, self.eps, self._area(query), u[live, query])

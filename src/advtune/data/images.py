@@ -1,5 +1,7 @@
 """Encoded images -> uint8 pixels, decoded once and kept under a hash of everything that decides them."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -8,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from advtune.data.fewshot import Split, select
 from advtune.data.sources import Part
 from advtune.data.task import Task
 from advtune.errors import UserError
+from advtune.memory import room
 from advtune.progress import track
 
 DECODER = f"1, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
@@ -46,8 +49,13 @@ class Images:
     hashes: list[str]
 
     def batch(self, rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [B, 3, S, S] in [0, 1] and labels [B] of these rows, on a device."""
-        return self.x[rows].to(device).float() / 255, self.y[rows].to(device)
+        """Images [B, 3, S, S] in [0, 1] and labels [B] of these rows [B], on a device."""
+        x = self.x[rows.to(self.x.device)].to(device, non_blocking=True)
+        return x.float() / 255, self.y[rows].to(device, non_blocking=True)
+
+    def on(self, device: torch.device) -> Images:
+        """These images with their pixels on the device where they are needed, if they fit in it."""
+        return replace(self, x=self.x.to(device)) if self.x.nbytes <= room(device) else self
 
 
 def load_images(task: Task, split: Split, *, cache: Path | None = None, progress: bool = True) -> Images:

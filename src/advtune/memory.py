@@ -1,0 +1,18 @@
+"""How much a device can hold."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+SHARE = 1 / 4  # of a device's memory: what one thing that could do without may take
+
+
+def room(device: torch.device) -> float:
+    """Bytes of a device that one thing may take; without end where its memory cannot be asked for."""
+    if device.type == "cuda":
+        return SHARE * torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float("inf")
