@@ -90,10 +90,10 @@ def learned(cost):
     return 3 * cost[0]
 
 
-def step(vlm, name, classes, batch, **options):
+def step(vlm, name, classes, batch, attack=(), **options):
     """The operations of one training step, texts that never change encoded before."""
     vlm.tokenizer = Words(classes)  # deep copies keep it
-    method, _, attack = configure(name, options)
+    method, _, attack = configure(name, options, attack)
     models = {key: model.to("meta") for key, model in method.setup(copy.deepcopy(vlm), Task, 0).items()}
     tokens = {key: model.tokens(["a"], Task.template) for key, model in models.items()}
     x, y = torch.rand(batch, 3, 224, 224, device="meta"), torch.zeros(batch, dtype=torch.long, device="meta")
@@ -158,3 +158,11 @@ def test_an_attack_step_costs_a_forward_and_an_input_gradient_whatever_the_class
             expected = 8 * (through(image(model.clip.config, prompts)) + 2 * 2 * classes * model.clip.config.embed)
             found = operations(lambda: gradient(f, x, y, cross_entropy))  # noqa: B023
             assert 0.99 * expected < found <= 1.01 * expected
+
+
+@pytest.mark.parametrize("name", ["n-fgsm", "free"])
+def test_a_fast_step_costs_one_image_gradient_or_none(name, shapes):
+    """Single-step: one gradient by the image, then the weights'. Free replay: the weights' alone."""
+    x = image(shapes["B/32"].clip.config)
+    expected = 64 * {"n-fgsm": through(x) + learned(x), "free": learned(x)}[name]
+    assert 0.99 * expected < step(shapes["B/32"], "tecoa", 200, 64, {"name": name}) <= 1.005 * expected

@@ -75,7 +75,7 @@ def _train(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same bits")
     p.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
-    _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3")
+    _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3; another attack: -a name=n-fgsm, name=free")
     p.set_defaults(verb="train")
 
 

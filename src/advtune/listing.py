@@ -89,7 +89,19 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
             soft_wrap=True,
         )
     if what == "methods":
+        _show_training(console)
         console.print("† reconstructed: no public source gives it; our choice, see docs/log.md")
+
+
+def _show_training(console: Any) -> None:
+    """The attacks that stand in for a paper's when it takes too long."""
+    from advtune.attacks import ATTACKS, TRAINING
+
+    console.print("to tune faster, in place of the method's training attack: -a name=NAME, at its eps\n")
+    for name, kind in TRAINING.items():
+        if name not in ATTACKS:
+            about = (kind.__doc__ or "").strip().splitlines()[0]
+            _show_options(console, {"name": name, "about": about, "options": describe(kind)})
 
 
 def _show_options(console: Any, fact: dict[str, Any]) -> None:

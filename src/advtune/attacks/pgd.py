@@ -123,10 +123,13 @@ class PGD:
         live, leaving = torch.arange(len(x), device=x.device), Leaving(x.device)
         for step in range(self.steps + 1):
             last = step == self.steps
+            if last and self.keep == "last" and self.restarts == 1:  # it is returned, however high
+                best[live] = torch.where(wide(height[live] == torch.inf), best[live], z)
+                break
             slope, each, logits = gradient(f, z, target, loss, not last, self.eot, self.bpda)
             fooled = logits.argmax(1) != y if self.leave else torch.zeros_like(each) > 0
             each = torch.where(fooled, torch.inf, each)
-            better = fooled | (each > height[live]) | ((height[live] != torch.inf) & (self.keep == "last"))
+            better = (height[live] != torch.inf) & (fooled | (each > height[live]) | (self.keep == "last"))
             best[live] = torch.where(wide(better), z, best[live])
             height[live] = torch.where(better, each, height[live])
             if last:
