@@ -368,13 +368,20 @@ PARTS: dict[str, Callable[[Sizes, Path], list[Line]]] = {
 
 def facts() -> Line:
     """What every line says of this machine and of the software."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()  # fmt: skip
     return {
-        "time": now(), "commit": git, "hardware": processor(), "threads": torch.get_num_threads(),
+        "time": now(), "commit": commit(), "hardware": processor(), "threads": torch.get_num_threads(),
         "versions": runs.versions() | {name: found for name in PEERS if (found := version_of(name))},
     }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of what is measured; -dirty when src or benchmarks differ from it; empty outside a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def processor() -> str:
