@@ -59,7 +59,7 @@ def ascent(slope: Tensor, norm: str) -> Tensor:
 def project(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest images to z in the ball around x, then clipped to [0, 1], which only brings them nearer to x."""
     if norm == "linf":
-        return torch.minimum(torch.maximum(z, x - eps), x + eps).clamp(0, 1)
+        return torch.clamp(z, x - eps, x + eps).clamp_(0, 1)  # one pass less over the pixels, the same bits
     d = z - x
     return (x + d * wide((eps / (distance(d, norm) + TINY)).clamp(max=1))).clamp(0, 1)
 
