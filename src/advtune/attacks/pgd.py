@@ -16,6 +16,7 @@ from advtune.attacks.ball import (
     image_seeds,
     norm_option,
     project,
+    projection,
     random_point,
     wide,
 )
@@ -112,9 +113,10 @@ class PGD:
     def _rush(self, f: Function, x: Tensor, target: Tensor, loss: Loss) -> Tensor:
         """The last iterate, without a look back."""
         z = random_point(x, self.eps, self.norm, torch.rand_like(x)) if self.random_start else x
+        into = projection(x, self.eps, self.norm)
         for _ in range(self.steps):
             slope = gradient(f, z, target, loss, eot=self.eot, bpda=self.bpda)[0]
-            z = project(z + self.step * ascent(slope, self.norm), x, self.eps, self.norm)
+            z = into(z + self.step * ascent(slope, self.norm))
         return z
 
     def _climb(self, f: Function, z: Tensor, x: Tensor, y: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
