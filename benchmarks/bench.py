@@ -67,10 +67,13 @@ class Sizes:
     steps: int = 20
     autoattack: int = 64
     accuracy: int = 500
-    memory: tuple[tuple[str, int, int], ...] = (("ours", 1000, 32), ("ours", 200, 32), ("plain", 200, 32))
+    memory: tuple[tuple[str, str, int, int], ...] = (
+        ("ours", "apt", 1000, 32), ("ours", "apt", 200, 32), ("plain", "apt", 200, 32), ("ours", "fap", 1000, 4),
+        ("ours, of 8 GB", "fap", 1000, 4), ("ours, of 8 GB", "capt", 1000, 32), ("ours, of 8 GB", "apd", 1000, 32),
+    )  # fmt: skip
 
 
-SMALL = Sizes(1, 2, 3, ("mini",), (("B/32", 10),), 8, 3, 2, 16, (("ours", 4, 2), ("plain", 4, 2)))
+SMALL = Sizes(1, 2, 3, ("mini",), (("B/32", 10),), 8, 3, 2, 16, (("ours", "fap", 4, 2), ("plain", "apt", 4, 2)))
 
 
 # --- operations and speed of training ------------------------------------------------------------------------
@@ -280,27 +283,29 @@ def needed(name: str) -> Any:
 
 
 def memory(sizes: Sizes, folder: Path) -> list[Line]:
-    """Peak memory of one APT step at ViT-B/32's shape in bf16, each in a process of its own."""
+    """Peak memory of one step at ViT-B/32's shape in bf16, each in a process of its own."""
     lines = []
-    for kind, classes, batch in sizes.memory:
-        code = f"import bench; bench.print_peak({kind!r}, {classes}, {batch}, {torch.get_num_threads()})"
+    for kind, method, classes, batch in sizes.memory:
+        code = f"import bench; bench.print_peak({kind!r}, {method!r}, {classes}, {batch}, {torch.get_num_threads()})"
         paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
         )
         if done.returncode:
-            raise SystemExit(f"memory, {kind}, {classes} classes: {done.stderr.strip() or 'killed'}")
+            raise SystemExit(f"memory, {kind}, {method}, {classes} classes: {done.stderr.strip() or 'killed'}")
         found = json.loads(done.stdout.splitlines()[-1])
-        lines.append({"case": f"{kind} {classes}", "kind": kind, "classes": classes, "batch": batch, **found})
+        case = f"{kind} {classes} {method}"
+        lines.append({"case": case, "kind": kind, "method": method, "classes": classes, "batch": batch, **found})
     return lines
 
 
-def print_peak(kind: str, classes: int, batch: int, threads: int) -> None:
-    """Gigabytes at the peak of one APT step, and before it, as JSON."""
+def print_peak(kind: str, method: str, classes: int, batch: int, threads: int) -> None:
+    """Gigabytes at the peak of one step, and before it, as JSON; "of 8 GB": a graph of texts may take a quarter."""
     torch.set_num_threads(threads)
     vlm, task = example("B/32", classes)
     vlm.precision = "bf16"
-    made = setting(vlm, task, "apt", batch, whole=kind == "plain")
+    vlm.text_memory = 2e9 if kind.endswith("8 GB") else 1e18
+    made = setting(vlm, task, method, batch, whole=kind == "plain")
     before, begin = peak(), time.process_time()
     one_step(*made)
     print(json.dumps({"before": before, "peak": peak(), "seconds": time.process_time() - begin}))

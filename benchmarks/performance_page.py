@@ -87,10 +87,10 @@ TABLES: dict[str, list[Columns]] = {
     )],
     "memory": [(
         lambda line: True,
-        ["Formulation", "Classes", "Batch", "Before the step, GB", "Peak, GB", "s"],
+        ["Method", "Formulation", "Classes", "Batch", "Before the step, GB", "Peak, GB", "s"],
         lambda line: [
-            line["kind"], str(line["classes"]), str(line["batch"]), *(number(line[key]) for key in ("before", "peak",
-            "seconds")),
+            line["method"], line["kind"], str(line["classes"]), str(line["batch"]),
+            *(number(line[key]) for key in ("before", "peak", "seconds")),
         ],
     )],
     "precision": [(

@@ -7,7 +7,7 @@ import advtune
 from advtune import cli
 from advtune import vlm as vlm_module
 from advtune.attacks import PGD
-from advtune.compiled import Compiled, check_compiler
+from advtune.compiled import Compiled, check_compiler, pixels_only
 from advtune.errors import UserError
 from advtune.preprocess import Preprocess
 
@@ -41,27 +41,37 @@ def test_an_attack_on_the_compiled_tower_finds_the_same(f, vlm):
     assert vlm._program is not None and vlm._program.widest == 12
 
 
+class Doubled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.tensor(2.0)), []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return x.flatten(1)[:, :2] * self.weight
+
+
 def test_batches_of_any_size_need_three_programs():
-    seen = []
-
-    def tower(x):
-        seen.append(len(x))
-        return x.flatten(1)[:, :2] * 2
-
-    program = Compiled(tower, "eager", graphs=False)
-    program.program = tower  # what is compiled is called with these sizes
+    program = Compiled(Doubled(), "eager", graphs=False)
+    program.learning = program.still = tower = Doubled()  # what is compiled is called with these sizes
     x = torch.rand(30, 3, 2, 2)
     for n in (20, 19, 11, 10, 9, 6, 5, 4, 1, 30, 15, 8, 7):
         torch.testing.assert_close(program(x[:n]), x[:n].flatten(1)[:, :2] * 2, rtol=0, atol=0)
-    assert seen == [20, 20, 20, 10, 10, 10, 5, 5, 5, 30, 15, 8, 8]
+    assert tower.seen == [20, 20, 20, 10, 10, 10, 5, 5, 5, 30, 15, 8, 8]
 
 
 def test_what_graphs_would_write_over_is_copied():
-    """The answer and the gradient by the pixels are not memory that the program writes again."""
-    program = Compiled(lambda x: x, "eager", graphs=False)
-    program.program, program.graphs = lambda x: x.view(len(x), -1), True
+    """The answer and the gradient by the pixels are not memory that the program writes again; what learns sees no
+    graph."""
+    program = Compiled(Doubled(), "eager", graphs=True)
+    program.still, program.learning = (lambda x: x.view(len(x), -1)), None
     x = torch.rand(4, 3, 2, 2)
-    assert program(x).data_ptr() != x.data_ptr()
+    with torch.no_grad():
+        assert program(x).data_ptr() != x.data_ptr()
+    with pixels_only():
+        assert program(x).data_ptr() != x.data_ptr()
+    with pytest.raises(TypeError):  # the program of what learns
+        program(x)
     seen = []
     z = x.clone().requires_grad_()
     normalised = Preprocess(resize=None, crop=None)(z)
@@ -69,12 +79,29 @@ def test_what_graphs_would_write_over_is_copied():
     assert torch.autograd.grad(normalised.square().sum(), z)[0].data_ptr() not in seen
 
 
-def test_training_compiled_is_training(image_folder, clip_folder, tmp_path, monkeypatch):
+def test_an_attack_on_a_compiled_tower_that_learns_takes_no_gradient_of_its_weights():
+    """Its weights are constants there, in the same memory: they are seen to learn."""
+    tower = Doubled()
+    program = Compiled(tower, "aot_eager", graphs=False)
+    x = torch.rand(4, 3, 2, 2, requires_grad=True)
+    with pixels_only():
+        out = program(x)
+    assert torch.autograd.grad(out.sum(), tower.weight, allow_unused=True) == (None,)
+    slope = torch.autograd.grad(program(x).sum(), tower.weight)[0]
+    torch.testing.assert_close(slope, x.detach().flatten(1)[:, :2].sum())
+    with torch.no_grad():
+        tower.weight.mul_(3)
+    with pixels_only():
+        torch.testing.assert_close(program(x), x.flatten(1)[:, :2] * 6)
+
+
+@pytest.mark.parametrize("method", ["fap", "tecoa"])
+def test_training_compiled_is_training(method, image_folder, clip_folder):
     deltas = []
     for compiled in ("", BACKEND):
         model = advtune.load(str(clip_folder), device="cpu", precision="fp32")
         model.compiled = compiled
-        tuned = advtune.tune("fap", model, f"folder:{image_folder}", epochs=1, options=["batch_size=5"], show=False)
+        tuned = advtune.tune(method, model, f"folder:{image_folder}", epochs=1, options=["batch_size=5"], show=False)
         deltas.append(tuned.delta())
         assert tuned.compiled == compiled and tuned.run["compiled"] is bool(compiled)
     for name, value in deltas[0].items():
@@ -91,7 +118,7 @@ def test_the_row_says_so_and_the_flag_reaches_the_tower(clip_folder, image_folde
     assert used[0]["backend"] == "inductor" and used[0]["dynamic"] is False
     assert "torch.compile" in capsys.readouterr().out
     assert cli.main(["evaluate", "zero-shot", *args]) == 0
-    assert "torch.compile" not in capsys.readouterr().out and len(used) == 1
+    assert "torch.compile" not in capsys.readouterr().out and len(used) == 2
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch, clip_folder):

@@ -1,6 +1,7 @@
 """Class texts in portions: the same numbers and gradients as all at once, in less work and less memory."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import advtune
 import naive
 from advtune import portions
+from advtune.memory import container, room
 from advtune.pretrained import to_huggingface
 from advtune.vlm import load_vlm
 
@@ -16,8 +18,8 @@ NAMES = ["red", "a b c d e f", "of", "photo", "a b c d e g", "c"]
 
 
 @pytest.mark.parametrize("kind", ["words", "unified", "specific"])
-@pytest.mark.parametrize("memory", [float("inf"), 1.0, 70_000.0])
-def test_portions_equal_the_naive_tower(kind, memory, vlm, monkeypatch):
+@pytest.mark.parametrize("memory, portions_of", [(float("inf"), 2), (1.0, 6), (60_000.0, 4)])
+def test_portions_equal_the_naive_tower(kind, memory, portions_of, vlm, monkeypatch):
     """Values and gradients, whether texts are grouped by length (LEAST, SHARE) or computed twice for memory."""
     monkeypatch.setattr(portions, "LEAST", 2)
     monkeypatch.setattr(portions, "SHARE", 0)
@@ -44,8 +46,28 @@ def test_portions_equal_the_naive_tower(kind, memory, vlm, monkeypatch):
     mine = torch.autograd.grad((ours * weight).sum(), leaves)
     for own, other in zip(mine, torch.autograd.grad((theirs * weight).sum(), others), strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
-    assert first == {float("inf"): 2, 1.0: len(NAMES)}.get(memory, first) and 2 <= first <= len(NAMES)
+    assert first == portions_of
     assert len(seen) == (first if memory == float("inf") else 2 * first)  # twice only for memory
+
+
+def test_portions_under_autocast_equal_all_at_once(vlm):
+    """bf16, with a gradient: what is computed again is computed in the same precision."""
+    model = vlm.with_prompts("a photo of a {}.", 2, 2, 2)
+    tokens, found = model.tokens(NAMES, "a photo of a {}."), []
+    model.precision = "bf16"
+    for memory in (1e18, 1.0):
+        model.text_memory = memory
+        features = model.text_features(tokens)
+        found.append((features.detach(), torch.autograd.grad(features[:, 0].sum(), model.prompts.text)[0]))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=0.02, atol=0.02 * float(whole.abs().max()))
+
+
+def test_a_container_s_limit_is_the_memory(tmp_path):
+    (tmp_path / "limit").write_text("4000\n")
+    (tmp_path / "none").write_text("max\n")
+    assert [container(tmp_path / name) for name in ("limit", "none", "missing")] == [4000, math.inf, math.inf]
+    assert 0 < room(torch.device("cpu")) < math.inf
 
 
 def test_portions_need_no_second_forward_without_a_gradient(vlm):

@@ -60,7 +60,7 @@ def finish(partial: Path, out: Path) -> None:
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what may differ between two sittings of one run; what an older one does not say was so."""
-    plain = {"prompt_template": "", "prompt_classes": []} | json.loads(json.dumps(config))
+    plain = {"prompt_template": "", "prompt_classes": [], "compiled": False} | json.loads(json.dumps(config))
     train = {"subset": "all", "all_classes": plain["train"]["classes"]} | plain["train"]
     plain["train"] = {k: v for k, v in train.items() if k != "split"}  # a name; the images are known by content
     plain["recipe"] = {"warmup_share": 0.0} | plain["recipe"]

@@ -92,7 +92,7 @@ def evaluate_all(
     if bpda and defence is None:
         raise UserError("bpda=true stands in for a step before the model; name the step with --defence jpeg")
     model = runs.load(model) if isinstance(model, str) else model
-    source = runs.load(source, str(model.device)) if isinstance(source, str) else source
+    source = runs.load(source, str(model.device), compile=bool(model.compiled)) if isinstance(source, str) else source
     training = any(each is not None and each.learned and not each.run for each in (model, source))
     if resume and (training or defence not in (None, *DEFENCES.values())):
         raise UserError("resume: a model in training, or a defence of your own, is not known again after a kill")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,5 +15,13 @@ def room(device: torch.device) -> float:
     if device.type == "cuda":
         return SHARE * torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and hasattr(os, "sysconf"):
-        return SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return SHARE * min(container(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return float("inf")
+
+
+def container(file: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """Bytes that a container may have; without end where none is set."""
+    try:
+        return float(file.read_text())  # "max" where there is no limit
+    except (OSError, ValueError):
+        return float("inf")

@@ -13,10 +13,12 @@ from advtune.clip import TowerConfig
 LEAST, SHARE = 512, 1 / 8  # a further portion must save so many tokens, and such a share of all: it costs a launch
 
 
-def graph_bytes(config: TowerConfig, length: int, low: bool) -> int:
-    """About how many bytes autograd keeps of one text of `length` tokens, from above; `low`: under bf16 autocast."""
-    width = 8 * config.width + 2 * config.mlp  # per token: two norms, q, k, v, their mixture, the sums, the MLP twice
-    return config.layers * length * width * (3 if low else 4)  # sums and norms stay fp32
+def graph_bytes(config: TowerConfig, length: int, shared: int, low: bool) -> int:
+    """About how many bytes autograd keeps of one text of `length` tokens, of which `shared` are computed for all texts
+    at once; `low`: under bf16 autocast."""
+    own = 8 * config.width + 2 * config.mlp  # two norms, q, k, v, their mixture, the sums, the MLP twice
+    numbers = (length - shared) * own + length * 2 * config.width  # and all keys and values, side by side
+    return config.layers * numbers * (3 if low else 4)  # sums and norms stay fp32
 
 
 def by_length(lengths: Tensor) -> list[Tensor]:
@@ -41,15 +43,15 @@ def by_length(lengths: Tensor) -> list[Tensor]:
 
 def encode(
     tower: Callable[[Tensor, Tensor | None], Tensor], config: TowerConfig, tokens: Tensor, lengths: Tensor,
-    prompts: Tensor | None, low: bool, memory: float,
+    prompts: Tensor | None, low: bool, memory: float, shared: int = 1,
 ) -> Tensor:  # fmt: skip
     """tower(tokens [C, L], prompts) -> [C, D], the same numbers portion by portion.
 
-    lengths: tokens of each text up to its end [C]. memory: bytes that the graph may take; where more would be kept,
-    each portion is forgotten and computed once more when its gradient is asked for.
+    lengths: tokens of each text up to its end [C]; shared: how many all begin with. memory: bytes that the graph may
+    take; where more would be kept, each portion is forgotten and computed once more when its gradient is asked for.
     """
     groups = by_length(lengths)
-    sizes = [graph_bytes(config, int(lengths[rows].max()), low) for rows in groups]
+    sizes = [graph_bytes(config, int(lengths[rows].max()), shared, low) for rows in groups]
     again = torch.is_grad_enabled() and sum(n * len(g) for n, g in zip(sizes, groups, strict=True)) > memory
     if not again and len(groups) == 1:
         return tower(tokens, prompts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,10 +58,9 @@ class Preprocess:
         return x[..., top : top + self.crop, left : left + self.crop]
 
 
-@lru_cache(maxsize=64)
 def channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number a channel, [3, 1, 1]; kept, since a device waits for what is copied to it."""
-    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+    """A number a channel, [3, 1, 1]; filled in on the device, which would wait for a copy from the host."""
+    return torch.stack([torch.full((1, 1), value, device=device, dtype=dtype) for value in values])
 
 
 def from_config(config: Mapping[str, Any]) -> Preprocess:

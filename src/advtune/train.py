@@ -149,7 +149,7 @@ def tune(
     tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
     if out is not None and partial is not None and resume and runs.is_run(out) and not partial.exists():
         same(out, config)
-        return runs.load(str(out), str(model.device), model.precision)
+        return runs.load(str(out), str(model.device), model.precision, bool(model.compiled))
     student = fit(plan, models, tokens, images, Log(partial, config, resume), show)
     if out is not None and partial is not None:
         runs.write_run(partial, student, config, images.hashes)

@@ -227,8 +227,7 @@ class VLM(nn.Module):
 
     def _image(self, x: Tensor, learned: Learned, dense: bool = False) -> Tensor:
         if self.compiled and self._program is None:
-            graphs = self.device.type == "cuda" and not any(p.requires_grad for p in self.parameters())
-            self._program = Compiled(self.clip.image.forward, self.compiled, graphs)
+            self._program = Compiled(self.clip.image, self.compiled, graphs=self.device.type == "cuda")
         with self._autocast(self.precision == "bf16"):
             return self.clip.encode_image(x, learned.image, learned.pad, dense, self._program).float()
 
@@ -244,10 +243,11 @@ class VLM(nn.Module):
             return cache.features
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
-        memory = self.text_memory or room(self.device)
+        memory = room(self.device) if self.text_memory is None else self.text_memory
+        lengths, shared = self.clip.text.ends(tokens) + 1, self.clip.text.shared(tokens, prompts)
+        how = (self.clip.config.text, tokens, lengths, prompts, low, memory, shared)
         with self._autocast(low):
-            lengths = self.clip.text.ends(tokens) + 1
-            features = encode(self.clip.encode_text, self.clip.config.text, tokens, lengths, prompts, low, memory)
+            features = encode(self.clip.encode_text, *how)
         features = F.normalize(features.float(), dim=-1)
         if constant:
             self._cache = TextCache(tokens.cpu(), features)

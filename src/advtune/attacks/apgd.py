@@ -92,15 +92,15 @@ class APGD:
         found, height = z.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         live, leaving = torch.arange(len(x), device=x.device), Leaving(x.device)
         window, shrink, least = (max(1, int(share * self.steps)) for share in (0.22, 0.03, 0.06))
-        until = window
+        until, leave = window, self.early_stop and self.eot == 1
         s = {"x": x, "y": y, "target": target, "z": z, "old": z}
         for i in range(self.steps + 1):
             if i > 0:
                 s["z"], s["old"] = self._move(s, 0.75 if i > 1 else 1.0), s["z"]
             last = i == self.steps
             slope, each, logits = gradient(f, s["z"], s["target"], loss, not last, self.eot, self.bpda)
-            fooled = logits.argmax(1) != s["y"] if self.early_stop and self.eot == 1 else torch.zeros_like(each) > 0
-            better = fooled | (each > height[live])
+            fooled = logits.argmax(1) != s["y"] if leave else torch.zeros_like(each) > 0
+            better = (height[live] != torch.inf) & (fooled | (each > height[live]))
             found[live] = torch.where(wide(better), s["z"], found[live])
             height[live] = torch.where(better, torch.where(fooled, torch.inf, each), height[live])
             if last:
@@ -118,7 +118,7 @@ class APGD:
                 s |= self._checkpoint(s, window)
                 window = max(window - shrink, least)
                 until += window
-            stay = leaving(fooled)
+            stay = leaving(fooled) if leave else None
             if stay is not None:
                 s, live = {name: v[stay] for name, v in s.items()}, live[stay]
                 if len(live) == 0:

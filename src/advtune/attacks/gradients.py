@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advtune.compiled import pixels_only
 from advtune.errors import UserError
 from advtune.options import option
 
@@ -63,7 +64,8 @@ def gradient(
     for number in range(eot):
         with torch.set_grad_enabled(needed):
             z = x.detach().requires_grad_(needed)
-            out = f(z)
+            with pixels_only():
+                out = f(z)
             height = loss(out, target)
             if needed:
                 found = torch.autograd.grad(height.sum(), z, allow_unused=True)[0] if height.requires_grad else None

@@ -32,11 +32,11 @@ class Late:
 
     def _send(self, value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         if value.device.type != "cuda":
-            return value.detach().clone(), None
+            return value.detach().to("cpu", copy=True), None
         there = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         there.copy_(value.detach(), non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(value.device))
         return there, arrived
 
 

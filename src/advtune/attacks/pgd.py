@@ -36,7 +36,7 @@ class PGD:
     x <- project(x + step_size * sign(grad)), in l_2 with grad / ||grad||. Losses are summed over the batch;
     gradients are taken with respect to the input alone. loss=kl is KL(f(x) || f(x')), as in TRADES; loss=margin
     is what papers call CW. A random start depends on the image and torch's seed, not on the batch, except where
-    the last iterate is kept and nothing leaves the batch: that is how training attacks, in a hurry.
+    the last iterate of one run is kept: that is how training attacks, in a hurry.
     """
 
     eps: float = eps_option()
@@ -97,14 +97,15 @@ class PGD:
         if loss is None and self.loss == "kl":
             with torch.no_grad():
                 target = f(x)
-        if self.keep == "last" and not self.early_stop and self.restarts == 1:
+        hurry = self.keep == "last" and self.restarts == 1
+        if hurry and not self.early_stop:
             return self._rush(f, x, target, climb)
-        seeds = image_seeds(x) if self.random_start else []
+        seeds = image_seeds(x) if self.random_start and not hurry else []
 
         def attempt(number: int, rows: Tensor) -> tuple[Tensor, Tensor]:
             z = x[rows]
             if self.random_start:
-                u = draw(seeds, rows, x, number)
+                u = torch.rand_like(z) if hurry else draw(seeds, rows, x, number)
                 z = random_point(z, self.eps, self.norm, u)
             return self._climb(f, z, x[rows], y[rows], target[rows], climb)
 
@@ -136,7 +137,7 @@ class PGD:
             height[live] = torch.where(better, each, height[live])
             if last:
                 break
-            stay = leaving(fooled)
+            stay = leaving(fooled) if self.leave else None
             if stay is not None:
                 z, x, y, target, live, slope = (t[stay] for t in (z, x, y, target, live, slope))
                 if len(live) == 0:

@@ -61,8 +61,8 @@ class Square:
                     break
             new = propose(z, x, self.eps, self._area(query), u[live, query])
             height = margin(f(new), y)
-            z = torch.where(wide(height > best), new, z)
-            best = torch.maximum(height, best)
+            better = (height > best) & (best <= 0) if self.early_stop else height > best
+            z, best = torch.where(wide(better), new, z), torch.where(better, height, best)
         found[live] = z
         return found
 

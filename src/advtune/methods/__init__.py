@@ -132,12 +132,14 @@ def check_together(name: str, method: Method, recipe: Recipe, attack: Attack) ->
         raise UserError(f"method {name}: attacker=perturbed takes steps of its own; tune with -a name=pgd")
     if not isinstance(attack, Free):
         return
-    reasons = {
-        "its adversarial images are made once, before tuning": name == "advpt",
-        f"attacker={attacker} attacks another function than the one that is tuned": attacker == "constant",
-        "it has a phase without adversarial images": getattr(method, "cycles", 1) > 1,
-    }
-    for reason in (each for each, true in reasons.items() if true):
+    reason = ""
+    if name == "advpt":
+        reason = "its adversarial images are made once, before tuning"
+    elif attacker == "constant":
+        reason = f"attacker={attacker} attacks another function than the one that is tuned"
+    elif getattr(method, "cycles", 1) > 1:
+        reason = "it has a phase without adversarial images"
+    if reason:
         raise UserError(f"method {name}: {reason}: there is nothing to replay; tune with -a name=pgd")
     if recipe.epochs < attack.replay:
         raise UserError(
