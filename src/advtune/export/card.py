@@ -45,8 +45,8 @@ Input `pixels`: float32 [N, 3, {height}, {width}] in [0, 1], any N; normalisatio
 the classes of `classifier.json` in order. The classes are fixed."""
 PROMPTS = """\
 import advtune
-
-classifier = advtune.Classifier({place})
+{load}
+classifier = advtune.Classifier({folder})
 print(classifier.predict("photo.jpg")[0].label)
 ```
 
@@ -124,7 +124,13 @@ def usage(source: Source, to: str, facts: dict[str, Any], place: str) -> str:
         tuned = backbone["tuned"]
         where = f" It is itself tuned, with {tuned['method']}: give its run folder along." if tuned else ""
         where += " If it is a folder, write its path, from here, to `backbone.path` in `config.json`."
-        text = PROMPTS.format(place=quoted(place), backbone=backbone["name"], sha=backbone["sha256"], where=where)
+        load, folder = "", quoted(place)
+        if "/" in place:  # on the hub
+            load, folder = (
+                f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({folder})",
+                "folder",
+            )
+        text = PROMPTS.format(load=load, folder=folder, backbone=backbone["name"], sha=backbone["sha256"], where=where)
     return f"```python\n{text}"
 
 

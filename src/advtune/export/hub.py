@@ -25,7 +25,7 @@ def check_push(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
-    """Make the repository if there is none and upload the folder's files in one commit; the repository's address.
+    """Make the repository if there is none and upload the folder's files; the address of the repository.
 
     Raises UserError with the command that tries again; the folder stays as it is.
     """

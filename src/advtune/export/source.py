@@ -66,20 +66,24 @@ def plain(name: str) -> str:
     return local.resolve().name if local.is_dir() or name.startswith(("/", ".", "~")) else name
 
 
+def plain_spec(spec: str) -> str:
+    """A data set's spec as others may read it: a local one by its last part."""
+    kind, colon, where = spec.partition(":")
+    return f"{kind}:{Path(where).name}" if colon and kind != "hf" else spec
+
+
 def public(model: VLM, folder: Path, out: Path, published: bool) -> dict[str, Any]:
     """config.json of the run, for another folder and other eyes."""
     config = {key: value for key, value in model.run.items() if key != "folder"}
     train, backbone = dict(config["train"]), dict(config["backbone"])
-    kind, colon, where = train["spec"].partition(":")
-    if colon and kind != "hf":
-        train["spec"] = f"{kind}:{Path(where).name}"
+    train["spec"] = plain_spec(train["spec"])
     train["skipped"] = [Path(each).name for each in train["skipped"]]
     beside = folder / backbone["path"]
     local = bool(backbone["path"]) and beside.is_dir() and not published
     backbone["path"] = os.path.relpath(beside.resolve(), out.resolve()) if local else ""
     backbone["name"] = plain(backbone["name"]) if not backbone["path"] else Path(backbone["path"]).name
     if tuned := backbone.get("tuned"):
-        backbone["tuned"] = {**tuned, "on": PATH.sub(last, tuned["on"]), "root": plain(tuned["root"])}
+        backbone["tuned"] = {**tuned, "on": plain_spec(tuned["on"]), "root": plain(tuned["root"])}
     return {**config, "train": train, "backbone": backbone}
 
 
@@ -87,18 +91,18 @@ def measured(folder: Path, model: VLM) -> list[Row]:
     """The rows of a run folder that are of these weights; older rows do not say of which they are."""
     file = folder / runs.RESULTS
     rows = read(file) if model.run and file.is_file() else []
-    return [
-        dataclasses.replace(
-            row, threat=PATH.sub(last, row.threat), backbone={**row.backbone, "name": plain(row.backbone["name"])}
-        )
-        for row in rows
-        if row.model in ("", model.origin.sha256)
-    ]
+    return [without_paths(row) for row in rows if row.model in ("", model.origin.sha256)]
 
 
-def last(found: re.Match[str]) -> str:
-    """The last part of a path in a text."""
-    return found[0].rsplit("/", 1)[-1]
+def without_paths(row: Row) -> Row:
+    """A row in which models are named by the last part of their path."""
+    attack = row.attack
+    if attack and "source" in attack:
+        attack = {**attack, "source": plain(attack["source"])}
+    threat = PATH.sub(lambda found: found[0].rsplit("/", 1)[-1], row.threat)
+    return dataclasses.replace(
+        row, attack=attack, threat=threat, backbone={**row.backbone, "name": plain(row.backbone["name"])}
+    )
 
 
 def dataset_ids(source: Source) -> list[str]:
