@@ -357,6 +357,23 @@ def test_hub_ids_of_backbone_and_data_are_in_the_card(tower, tmp_path):
     assert source.dataset_ids(named) == ["uoft-cs/cifar10"]
 
 
+@pytest.mark.parametrize(("which", "to"), [("tower", "huggingface"), ("prompts", "onnx"), ("prompts", "prompts")])
+def test_the_program_in_the_card_runs(which, to, request, tmp_path, monkeypatch, capsys, image_folder):
+    run = request.getfixturevalue(which)
+    export(run, to, tmp_path / "out")
+    program = card_of(tmp_path / "out")[1].partition("```python")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / ("out" if to == "onnx" else ""))
+    Image.open(image_folder / "test" / "red" / "1.png").resize((37, 30)).save("photo.jpg", quality=95)
+    names = {}
+    exec(program.replace("\nclassify(", "\nfound = classify("), names)
+    label = names["found"][0]["label"] if to == "huggingface" else capsys.readouterr().out.strip()
+    best = Classifier(str(run), precision="fp32").predict("photo.jpg")[0]
+    assert label == best.label
+    if to == "onnx":
+        logits = Classifier(str(run), precision="fp32").logits(torch.from_numpy(names["pixels"]))
+        assert logits.softmax(1).max() == pytest.approx(best.probability, abs=1e-6)
+
+
 def test_names_cannot_break_the_card(clip_folder, tmp_path):
     names = ["a | b", "<b>c</b>", '"quoted"', "---"]
     export(clip_folder, "huggingface", tmp_path / "out", classes=names)

@@ -58,6 +58,9 @@ def test_predictions_are_those_of_an_evaluation(tuned):
     right = [task.classes[label] for label in shown.y]
     assert "".join(str(int(a.label == b)) for a, b in zip(found, right, strict=True)) == flags
     assert "01" in flags or "10" in flags
+    expected = model.classifier(model.tokens(task.classes, task.template))(shown.x / 255).double().softmax(1)
+    for each, row in zip(found, expected.tolist(), strict=True):
+        assert [each.probabilities[name] for name in task.classes] == pytest.approx(row, abs=1e-6)
 
 
 def test_a_run_brings_its_words(tuned):

@@ -36,13 +36,19 @@ from PIL import Image, ImageOps
 labels = json.load(open("classifier.json", encoding="utf-8"))["classes"]
 session = onnxruntime.InferenceSession("model.onnx")
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BICUBIC)
+{resize}
 pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
 print(labels[session.run(None, {{"pixels": pixels}})[0].argmax()])
 ```
 
 Input `pixels`: float32 [N, 3, {height}, {width}] in [0, 1], any N; normalisation is inside. Output `logits`: [N, C],
 the classes of `classifier.json` in order. The classes are fixed."""
+SQUARE = """\
+scale = {side} / min(image.size)
+image = image.resize([{side} if v == min(image.size) else int(v * scale) for v in image.size], Image.Resampling.BICUBIC)
+left, top = (round((v - {side}) / 2) for v in image.size)
+image = image.crop((left, top, left + {side}, top + {side}))"""
+OTHER = "image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BICUBIC)"
 PROMPTS = """\
 import advtune
 {load}
@@ -118,7 +124,8 @@ def usage(source: Source, to: str, facts: dict[str, Any], place: str) -> str:
         text = HUGGINGFACE.format(place=quoted(place), labels=quoted(labels), template=quoted(source.template))
     elif to == "onnx":
         _, _, height, width = facts["input"]
-        text = ONNX.format(height=height, width=width)
+        resize = SQUARE.format(side=height) if height == width else OTHER.format(height=height, width=width)
+        text = ONNX.format(height=height, width=width, resize=resize)
     else:
         backbone = source.config["backbone"]
         tuned = backbone["tuned"]
