@@ -97,8 +97,8 @@ def test_the_public_names():
     import advtune
 
     assert set(advtune.__all__) == {
-        "ATTACKS", "AutoAttack", "METHODS", "PGD", "Row", "UserError", "VLM", "compare", "evaluate", "evaluate_curve",
-        "load", "load_task", "tune", "__version__",
+        "ATTACKS", "AutoAttack", "Classifier", "METHODS", "PGD", "Row", "UserError", "VLM", "compare", "evaluate",
+        "evaluate_curve", "load", "load_task", "tune", "__version__",
     }  # fmt: skip
     for name in advtune.__all__:
         assert getattr(advtune, name)

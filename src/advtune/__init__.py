@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from advtune.evaluation import evaluate as evaluate
     from advtune.evaluation import evaluate_curve as evaluate_curve
     from advtune.methods import METHODS as METHODS
+    from advtune.predict import Classifier as Classifier
     from advtune.results import Row as Row
     from advtune.runs import load as load
     from advtune.train import tune as tune
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ATTACKS": "attacks",
     "AutoAttack": "attacks",
+    "Classifier": "predict",
     "METHODS": "methods",
     "PGD": "attacks",
     "Row": "results",

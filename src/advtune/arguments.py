@@ -58,6 +58,8 @@ def build() -> argparse.ArgumentParser:
     _study(verbs)
     _report(verbs)
     _compare(verbs)
+    _predict(verbs)
+    _export(verbs)
     _list(verbs)
     _demo(verbs)
     return parser
@@ -175,6 +177,49 @@ def _compare(verbs: Any) -> None:
         p.add_argument(side, metavar="DIR", help=f"run folder, folder of one method's seeds, or results.jsonl ({side})")
     p.add_argument("--json", action="store_true")
     p.set_defaults(verb="compare")
+
+
+def _predict(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "predict",
+        help="what is on these images: labels and probabilities",
+        description="Labels and probabilities for images. One that cannot be read is named on stderr and skipped; the "
+        "exit status is 1 then.",
+    )
+    _model(p)
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders with all that is below them")
+    p.add_argument("--csv", metavar="FILE", help="write a table there: path, label, probability, the next classes")
+    p.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    p.add_argument("--top", type=int, default=5, metavar="K", help="classes named for each image (default 5)")
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
+    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    p.set_defaults(verb="predict")
+
+
+def _export(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "export",
+        help="a folder for transformers, ONNX or the hub, with a model card",
+        description="Write what was tuned in a form that others load, with a model card.",
+        epilog="huggingface: CLIPModel.from_pretrained loads it (tuned towers); onnx: a classifier of fixed classes;\n"
+        "prompts: the learned prompts alone, kilobytes, to lay on the same backbone.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _model(p)
+    p.add_argument("--to", required=True, choices=("huggingface", "onnx", "prompts"), help="see below")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; it must be new or empty")
+    p.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hugging Face hub")
+    p.add_argument("--private", action="store_true", help="make that repository private, if it is new")
+    p.add_argument("--json", action="store_true", help="print what was written as JSON")
+    p.set_defaults(verb="export")
+
+
+def _model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="DIR|B", help="a run folder, or a backbone: mini, a folder, a hub id")
+    p.add_argument("--classes", metavar="JSON|NAMES", help="class names: a JSON file, or names with commas "
+                   "(default: those the run was tuned on)")  # fmt: skip
+    p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the run's)")
 
 
 def _list(verbs: Any) -> None:

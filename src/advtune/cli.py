@@ -17,8 +17,8 @@ from advtune.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 when done, 1 when a run of a study failed, 2 on bad input (one line on stderr), 130 when
-    interrupted."""
+    """Run one verb; 0 when done, 1 when a run of a study failed or an image was unreadable, 2 on bad input (one line
+    on stderr), 130 when interrupted."""
     args = build().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
@@ -234,6 +234,27 @@ def compare(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=1) if args.json else render(found), end="\n" if args.json else "")
 
 
+def predict(args: argparse.Namespace) -> int:
+    from advtune.predict import Classifier, find, run
+
+    files = find(args.images)
+    classifier = Classifier(
+        args.model, args.classes, args.template, device=args.device, precision=args.precision,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    return 1 if run(classifier, files, args.top, args.csv, args.json) else 0
+
+
+def export(args: argparse.Namespace) -> None:
+    from advtune.export import export as write
+
+    made = write(
+        args.model, args.to, args.out, classes=args.classes, template=args.template, push=args.push,
+        private=args.private,
+    )  # fmt: skip
+    print(json.dumps(made, indent=1) if args.json else "\n".join(made["lines"]))
+
+
 def list_(args: argparse.Namespace) -> None:
     from advtune.listing import listing
 
@@ -253,8 +274,8 @@ def demo(args: argparse.Namespace) -> None:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": train, "evaluate": evaluate, "study": study, "report": report, "compare": compare, "list": list_,
-    "demo": demo,
+    "train": train, "evaluate": evaluate, "study": study, "report": report, "compare": compare,
+    "predict": predict, "export": export, "list": list_, "demo": demo,
 }  # fmt: skip
 
 

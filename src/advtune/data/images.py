@@ -92,7 +92,12 @@ def decode(data: bytes, resolution: int | str) -> np.ndarray:
     """
     with Image.open(io.BytesIO(data)) as opened:
         opened.load()
-        image = to_rgb(ImageOps.exif_transpose(opened))
+        return fit(opened, resolution)
+
+
+def fit(image: Image.Image, resolution: int | str) -> np.ndarray:
+    """A picture -> uint8 [3, S, S], as `decode` says."""
+    image = to_rgb(ImageOps.exif_transpose(image))
     if resolution != "native":
         side = int(resolution)
         scale = side / min(image.size)

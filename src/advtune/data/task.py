@@ -127,15 +127,20 @@ def take_subset(task: Task, subset: str) -> Task:
 
 def check_task(task: Task) -> None:
     """Raises UserError unless class texts are distinct, the template is sound and every part has images."""
-    if task.template.count("{}") != 1 or set("{}") & set(task.template.replace("{}", "")):
-        raise UserError(f"the template {task.template!r} must hold exactly one {{}} and no other brace")
     for part, records in task.parts.items():
         if not len(records):
             raise UserError(f"{task.spec}: the {part} part has no images; check the path and the file types")
-    if len(task.classes) < 2:
-        raise UserError(f"{task.spec} has {len(task.classes)} class; a classifier needs two or more")
+    check_words(task.classes, task.template, task.spec)
+
+
+def check_words(classes: Sequence[str], template: str, what: str) -> None:
+    """Raises UserError unless there are two or more distinct class texts and the template is sound; `what` has them."""
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise UserError(f"the template {template!r} must hold exactly one {{}} and no other brace")
+    if len(classes) < 2:
+        raise UserError(f"{what} has {len(classes)} class; a classifier needs two or more")
     seen: dict[str, str] = {}
-    for name in task.classes:
+    for name in classes:
         if not name or set("{}") & set(name):
             raise UserError(f"the class name {name!r} is empty or holds a brace; rename it with classes=")
         if name.casefold() in seen:
@@ -145,7 +150,7 @@ def check_task(task: Task) -> None:
 
 def rename(old: Sequence[str], given: Words) -> list[str]:
     """New class names in label order, from a mapping {old: new} or one name per label."""
-    words = _read_classes(given) if isinstance(given, str) else given
+    words = read_classes(given) if isinstance(given, str) else given
     values = list(words.values()) if isinstance(words, Mapping) else words
     if (
         isinstance(values, str)
@@ -172,7 +177,8 @@ def rename(old: Sequence[str], given: Words) -> list[str]:
     return list(words)
 
 
-def _read_classes(given: str) -> Any:
+def read_classes(given: str) -> Any:
+    """What a JSON file holds, or names with commas. Raises UserError."""
     if not given.endswith(".json"):
         return [name.strip() for name in given.split(",")]
     try:
