@@ -12,7 +12,7 @@ from advtune.errors import UserError
 from advtune.report.classes import ClassLine, fragile, labelled, per_class
 from advtune.report.formats import heading, label
 from advtune.report.found import Measured, headline, log_of, measured, terms_of
-from advtune.report.plot import COLOURS, Panel, look, picture, scatter_panels
+from advtune.report.plot import COLOURS, Panel, look, pictures, plain_legend, scatter_panels, shortened
 from advtune.report.table import group_by, latest, line_key, lines_with_rows, pixels, section_key, without
 from advtune.results import Row, mean_and_spread, wilson, write_atomic
 
@@ -85,16 +85,14 @@ def _draw_curves(axis: Any, curves: Sequence[Curve], names: Sequence[str]) -> No
         colour, marker = look(curve.name, names)
         bars = [[100 * max(0, m - l) for m, l in zip(mean, low, strict=True)],
                 [100 * max(0, h - m) for m, h in zip(mean, high, strict=True)]]  # fmt: skip
-        axis.errorbar(eps, [100 * m for m in mean], yerr=bars, fmt=f"-{marker}", color=colour, label=curve.name,
-                      markersize=5, linewidth=1.4, elinewidth=0.8, capsize=2)  # fmt: skip
+        axis.errorbar(eps, [100 * m for m in mean], yerr=bars, fmt=f"-{marker}", color=colour, markersize=5,
+                      linewidth=1.4, elinewidth=0.8, capsize=2, label=shortened(curve.name, 48))  # fmt: skip
     ticks = sorted({point[0] for curve in curves for point in curve.points})
     axis.set_xticks(ticks, [pixels(eps) for eps in ticks])
     axis.set_ylim(bottom=-2)
     axis.set_xlabel("eps of the attack (0: clean)")
     axis.set_ylabel("accuracy (%)")
-    legend = axis.legend(fontsize=8, framealpha=0.85)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    plain_legend(axis)
 
 
 def class_columns(lines: Sequence[Measured]) -> tuple[list[tuple[str, list[ClassLine]]], str]:
@@ -133,7 +131,7 @@ def _draw_classes(axis: Any, column: Sequence[ClassLine], order: Sequence[str], 
                 [max(0, 100 * line.high - r) for r, line in zip(robust, lines, strict=True)]]  # fmt: skip
         axis.barh(places, robust, height=0.4, color=ROBUST, label="robust, 95 % interval", xerr=bars,
                   error_kw={"elinewidth": 0.8, "capsize": 1.5})  # fmt: skip
-    axis.set_yticks(places, [f"{_short(line.name)} ({line.n})" for line in lines], fontsize=8)
+    axis.set_yticks(places, [f"{shortened(line.name, 28)} ({line.n})" for line in lines], fontsize=8)
     for text in axis.get_yticklabels():
         text.set_parse_math(False)
     axis.invert_yaxis()
@@ -141,7 +139,7 @@ def _draw_classes(axis: Any, column: Sequence[ClassLine], order: Sequence[str], 
     axis.set_xlim(0, 100)
     axis.set_xlabel("accuracy (%), images in brackets")
     if legend:
-        axis.legend(fontsize=8, loc="lower right")
+        plain_legend(axis, loc="lower right")
 
 
 def training_panels(lines: Sequence[Measured]) -> list[Panel]:
@@ -168,8 +166,7 @@ def _draw_training(axis: Any, log: Sequence[Mapping[str, float]], terms: Sequenc
         axis.set_yscale("log", nonpositive="mask")
     axis.set_xlabel("step (markers: means of the epochs)")
     axis.set_ylabel("loss term")
-    for text in axis.legend(fontsize=8).get_texts():
-        text.set_parse_math(False)
+    plain_legend(axis)
 
 
 def fmean(values: Sequence[float]) -> float:
@@ -181,10 +178,6 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     size = -(-len(points) // POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [fmean([x for x, _ in each]) for each in groups], [fmean([y for _, y in each]) for each in groups]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 28 else name[:27] + "…"
 
 
 def write_figures(rows: Sequence[Row], folders: Mapping[str, Path], out: Path) -> tuple[list[Path], list[str]]:
@@ -202,9 +195,9 @@ def write_figures(rows: Sequence[Row], folders: Mapping[str, Path], out: Path) -
     }
     files, missing = [], []
     for name, (some, reason) in panels.items():
-        for kind in KINDS if some else ():
+        for kind, content in pictures(some, KINDS).items() if some else ():
             files.append(out / f"{name}.{kind}")
-            write_atomic(files[-1], picture(some, kind))
+            write_atomic(files[-1], content)
         missing += [] if some else [f"no {name} figure: {reason}"]
     if not files:
         raise UserError("nothing to draw: " + "; ".join(missing))

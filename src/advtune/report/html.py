@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -16,9 +17,9 @@ from advtune.report.figures import MOST, class_columns, class_panels, eps_panels
 from advtune.report.formats import CAPTION, cells, footnotes, heading, label, subheading
 from advtune.report.found import Measured, headline, measured
 from advtune.report.harmonic import harmonic_means, harmonic_table
-from advtune.report.plot import FRONT, Panel, front, picture, scatter_panels
+from advtune.report.plot import FRONT, Panel, front, pictures, scatter_panels
 from advtune.report.summary import blind, notices, tiles, words
-from advtune.report.table import flat, pixels, shown
+from advtune.report.table import flat, group_by, pixels, shown
 from advtune.results import Row, now
 
 SHRUNK = 0.8  # of a panel's size, so that its letters can be read on a phone
@@ -28,6 +29,7 @@ NO_EPS = (
     "Every setting was attacked at one eps alone. For a curve: "
     "advtune evaluate DIR --data SPEC --attack pgd -a eps=0,1/255,2/255,4/255"
 )
+OFFLINE = "A report downloads nothing, unless HF_HUB_OFFLINE=0 is set."
 NO_LOG = "No run folder with a train.jsonl is among the folders of this report."
 
 
@@ -95,16 +97,32 @@ def _table(section: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "header": header,
         "attacked": bool(section[0]["attack"]),
         "lines": lines,
-        "notes": [note for note in footnotes(section) if not note.startswith(ELSEWHERE)],
+        "notes": _notes(section),
         "settings": [(label(line), _settings(line)) for line in section],
     }
+
+
+def _notes(section: Sequence[dict[str, Any]]) -> list[str]:
+    """The footnotes that the page has nowhere else; a note of several lines once."""
+    shared = group_by([(note, label(line)) for line in section for note in line["notes"]], lambda each: each[0])
+    own = {f"{name}: {note}" for pairs in shared.values() for note, name in pairs}
+    notes = [note for note in footnotes(section) if not note.startswith(ELSEWHERE) and note not in own]
+    return notes + [f"{note}: {_whose([name for _, name in pairs], section)}" for note, pairs in shared.items()]
+
+
+def _whose(names: Sequence[str], section: Sequence[dict[str, Any]]) -> str:
+    """The lines by name; more than three of them by method and number."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    methods = Counter(line["method"] for line in section if label(line) in names)
+    return ", ".join(method if k == 1 else f"{method} ({k} lines)" for method, k in methods.items())
 
 
 def _number(line: Mapping[str, Any], name: str, text: str) -> dict[str, Any] | None:
     if line[f"{name}_accuracy"] is None:
         return None
     facts = {key: round(100 * line[f"{name}_{key}"], 2) for key in ("accuracy", "low", "high")}
-    return facts | {"name": name, "text": text}
+    return facts | {"name": name, "text": text.replace(", ", ",\u00a0")}
 
 
 def _findings(line: dict[str, Any]) -> list[str]:
@@ -127,7 +145,7 @@ def _figures(rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: s
     found: dict[str, tuple[list[Panel], str]] = {
         "scatter": (scattered, "No row has a robust accuracy: evaluate with an attack."),
         "eps": (eps_panels(rows, names), NO_EPS),
-        "classes": (class_panels(columns), f"Not to be had here: {why}."),
+        "classes": (class_panels(columns), f"Not to be had here: {why}. {OFFLINE}"),
         "training": (training_panels(best), NO_LOG),
     }
     return {
@@ -139,7 +157,7 @@ def _figures(rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: s
 
 def _drawn(panel: Panel) -> dict[str, str]:
     small = replace(panel, size=(SHRUNK * panel.size[0], SHRUNK * panel.size[1]))
-    return {"alt": panel.title.replace("\n", ", "), "uri": uri(picture([small], "svg"), "svg+xml")}
+    return {"alt": panel.title.replace("\n", ", "), "uri": uri(pictures([small], ["svg"])["svg"], "svg+xml")}
 
 
 def _class_table(columns: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,7 +176,7 @@ def _gallery(best: Sequence[Measured]) -> dict[str, Any]:
     try:
         found = gallery(best)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        return {"why": str(error) or type(error).__name__, "examples": []}
+        return {"why": f"{str(error) or type(error).__name__}. {OFFLINE}", "examples": []}
     eps, norm = found.attack.eps, found.attack.norm
     examples = []
     for each in found.examples:

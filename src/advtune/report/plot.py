@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from advtune.results import Row, write_atomic
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # nine against eight colours: 72 pairs before a repeat
 FORMATS = (".png", ".pdf", ".svg")
+UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 PLACES = [(6, 6), (6, -14), (-6, 6), (-6, -14), (6, 20), (6, -28), (-6, 20), (-6, -28)]  # points from the marker
 FRONT = "#888888"
+CROWD, WORDY = 12, 26  # lines of a panel, letters of a name, beyond which names stand in a legend below
+WIDE, TALL, ENTRY = 5.2, 4.4, 0.16  # inches: a panel, and a line of its legend
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Panel:
     title: str
     draw: Callable[[Any], None]
     finish: Callable[[Any], None] | None = None
-    size: tuple[float, float] = (5.2, 4.4)  # inches
+    size: tuple[float, float] = (WIDE, TALL)  # inches
 
 
 def scatter(rows: Sequence[Row], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -46,17 +50,18 @@ def scatter(rows: Sequence[Row], path: str | os.PathLike[str], title: str | None
     panels = scatter_panels(rows)
     if not panels:
         raise UserError("no row has a robust accuracy, so there is nothing to plot; evaluate with an attack")
-    write_atomic(path, picture(panels, path.suffix[1:].lower(), title))
+    kind = path.suffix[1:].lower()
+    write_atomic(path, pictures(panels, [kind], title)[kind])
 
 
-def picture(panels: Sequence[Panel], kind: str, title: str | None = None, wide: int = 3) -> bytes:
-    """The panels side by side, at most `wide` in a row, as a file of this kind (png, pdf or svg). The same panels
+def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = None) -> dict[str, bytes]:
+    """The panels side by side, at most three in a row, as a file of each kind (png, pdf or svg). The same panels
     give the same bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    wide = min(wide, len(panels))
+    wide = min(3, len(panels))
     tall = math.ceil(len(panels) / wide)
     width, height = (max(panel.size[i] for panel in panels) for i in (0, 1))
     figure = Figure(figsize=(width * wide, height * tall), dpi=120, layout="constrained")
@@ -64,8 +69,7 @@ def picture(panels: Sequence[Panel], kind: str, title: str | None = None, wide: 
     if title:
         figure.suptitle(title, parse_math=False)
     axes = figure.subplots(tall, wide, squeeze=False).flatten()
-    out = io.BytesIO()
-    dated: dict[str, Any] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
+    out = {kind: io.BytesIO() for kind in kinds}
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "advtune"}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font has not
         for axis, panel in zip(axes, panels, strict=False):
@@ -80,19 +84,25 @@ def picture(panels: Sequence[Panel], kind: str, title: str | None = None, wide: 
         for axis, panel in zip(axes, panels, strict=False):
             if panel.finish is not None:
                 panel.finish(axis)
-        figure.savefig(out, format=kind, metadata=dated)
-    return out.getvalue()
+        figure.set_layout_engine("none")  # it stands; names beside markers are not to move it, and to lay out is slow
+        for kind, stream in out.items():
+            figure.savefig(stream, format=kind, metadata=UNDATED[kind])
+    return {kind: stream.getvalue() for kind, stream in out.items()}
 
 
 def scatter_panels(rows: Sequence[Row], least: int = 1) -> list[Panel]:
     """Clean against robust accuracy, a panel for each section with an attack and at least so many lines."""
     found = [each for each in sections(table(rows)) if each[0]["robust_accuracy"] is not None and len(each) >= least]
     names = list(dict.fromkeys(label(line) for section in found for line in section))
-    return [
-        Panel(heading(section).replace(" · ", "\n"), partial(_points, section=section, names=names),
-              partial(_labels, section=section))
-        for section in found
-    ]  # fmt: skip
+    panels = []
+    for section in found:
+        crowded = len(section) > CROWD or any(len(label(line)) > WORDY for line in section)
+        draw = partial(_points, section=section, names=names, legend=crowded)
+        finish = None if crowded else partial(_labels, section=section)
+        entries = sum(folded(label(line)).count("\n") + 1 for line in section) if crowded else 0
+        size = (WIDE, TALL + ENTRY * entries)
+        panels.append(Panel(heading(section).replace(" · ", "\n"), draw, finish, size))
+    return panels
 
 
 def look(name: str, names: Sequence[str]) -> tuple[str, str]:
@@ -116,7 +126,7 @@ def front(section: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [lines[i] for i in pareto([(line["clean_accuracy"], line["robust_accuracy"]) for line in lines])]
 
 
-def _points(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def _points(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str], legend: bool) -> None:
     for line in section:
         points = {}
         for name in ("clean", "robust"):
@@ -124,7 +134,8 @@ def _points(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str]) 
             points[name] = ([mean], [[max(0, mean - low)], [max(0, high - mean)]])
         (x, x_bar), (y, y_bar) = points["clean"], points["robust"]
         colour, marker = look(label(line), names)
-        axis.errorbar(x, y, xerr=x_bar, yerr=y_bar, fmt=marker, color=colour, markersize=7, elinewidth=1, capsize=2)
+        axis.errorbar(x, y, xerr=x_bar, yerr=y_bar, fmt=marker, color=colour, markersize=7, elinewidth=1, capsize=2,
+                      label=folded(label(line)))  # fmt: skip
     axis.margins(0.15)
     left, right = axis.get_xlim()
     low, high = axis.get_ylim()
@@ -137,6 +148,27 @@ def _points(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str]) 
         x = [axis.get_xlim()[0], *(clean for clean, _ in best), best[-1][0]]
         y = [best[0][1], *(robust for _, robust in best), axis.get_ylim()[0]]
         axis.step(x, y, where="pre", color=FRONT, linewidth=1, linestyle="--", zorder=0.5)
+    if legend:
+        from matplotlib.transforms import offset_copy
+
+        below = offset_copy(axis.transAxes, axis.figure, 0, -34, "points")  # under the axis and its name
+        plain_legend(axis, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, frameon=False, fontsize=7)
+
+
+def plain_legend(axis: Any, **how: Any) -> None:
+    """A legend whose names are no formulas."""
+    for text in axis.legend(**{"fontsize": 8, "framealpha": 0.85} | how).get_texts():
+        text.set_parse_math(False)
+
+
+def folded(text: str) -> str:
+    """The text in lines of a legend's width."""
+    return textwrap.fill(text, 66)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and an ellipsis."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _labels(axis: Any, section: Sequence[dict[str, Any]]) -> None:

@@ -97,10 +97,10 @@ def _best(lines: Sequence[Measured]) -> list[str]:
         text += f" ({heading(section)})."
         near = [label(line) for line in section if line is not best and line["robust_high"] > best["robust_low"]]
         if near:
-            text += f" Its interval overlaps with that of {_list(near)}: see advtune compare."
+            text += f" Its interval overlaps with that of {_list(near, 3)}: see advtune compare."
         rest = [label(line) for line in front(section) if line is not best]
         if rest:
-            text += f" On the Pareto front, with more clean accuracy: {_list(rest)}."
+            text += f" On the Pareto front, with more clean accuracy: {_list(rest, 3)}."
         found.append(text)
     if len(attacked) > MOST:
         found.append(f"In {len(attacked) - MOST} more settings: see the tables.")
@@ -143,8 +143,8 @@ def _interval(line: Line, name: str) -> str:
     return f"95 % interval {100 * line[f'{name}_low']:.1f} to {100 * line[f'{name}_high']:.1f}, n = {line[f'{name}_n']}"
 
 
-def _list(names: Sequence[str]) -> str:
-    some = list(names[:MOST])
-    if len(names) > MOST:
-        return f"{', '.join(some)} and {len(names) - MOST} more"
+def _list(names: Sequence[str], most: int = MOST) -> str:
+    some = list(names[:most])
+    if len(names) > most:
+        return f"{', '.join(some)} and {len(names) - most} more"
     return " and ".join(filter(None, (", ".join(some[:-1]), some[-1])))
