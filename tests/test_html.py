@@ -99,9 +99,10 @@ def test_two_attacks_at_one_eps_are_no_curve():
 
 def test_curves_are_named_by_what_tells_them_apart():
     rows = [eps(value, options={"alpha": alpha}) for alpha in (1.0, 2.0) for value in (1, 4)]
-    rows += [eps(value, method="zero-shot", seed=None) for value in (1, 4)]
+    rows += [eps(value, method="zero-shot", seed=None, robust=1) for value in (1, 4)]
     ((_, curves),) = figures.eps_curves(rows)
-    assert [curve.name for curve in curves] == ["zero-shot", "tecoa (alpha 1)", "tecoa (alpha 2)"]
+    found = [(curve.name, curve.points[-1][1]) for curve in curves]
+    assert found == [("zero-shot", 0.1), ("tecoa (alpha 1)", 0.3), ("tecoa (alpha 2)", 0.3)]
 
 
 def test_classes_by_hand():
@@ -343,6 +344,9 @@ def test_what_cannot_be_had_is_said_in_its_place(run, capsys, monkeypatch):
     assert "gallery" not in Read(capsys.readouterr().out).sections
     assert main(["report", "--against", "fap", str(run), "--format", "html"]) == 2
     assert "--against has no page" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["report", str(run), "--format", "html"]) == 2
+    assert "--out report.html" in capsys.readouterr().err
 
 
 def test_a_figure_that_has_no_data_is_named(tmp_path):

@@ -39,8 +39,8 @@ def gather(files: Sequence[Path]) -> tuple[list[Row], dict[str, Path]]:
     for file in files:
         for row in read(file):
             rows.append(row)
-            for place in (file.parent, Path(row.run or "/nowhere")):  # a moved run is where its rows are
-                if row.run and row.run not in folders and _is_run_of(place, row):
+            for place in (file.parent, Path(row.run)) if row.run else ():  # a moved run is where its rows are
+                if row.run not in folders and _is_run_of(place, row):
                     folders[row.run] = place
     return rows, folders
 
