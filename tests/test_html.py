@@ -160,7 +160,7 @@ def test_the_summary_in_words():
     low, high = (f"{100 * each:.1f}" for each in wilson(4, N))
     assert told["Most robust"].startswith(f"capt, 40.0 % [{low}, {high}] robust and 50.0 %")
     assert "overlaps with that of zero-shot and tecoa" in told["Most robust"]
-    assert "with more clean accuracy: tecoa and zero-shot" in told["Most robust"]
+    assert "Also on the Pareto front of clean and robust: tecoa and zero-shot" in told["Most robust"]
     assert told["Measured"].startswith(
         "zero-shot, capt and tecoa on pets test (10 images), attacked with pgd eps 4/255"
     )

@@ -12,6 +12,8 @@ from typing import Any
 from advtune.errors import UserError
 from advtune.results import Row, wilson
 
+FRAGILE = 20  # classes that are drawn
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -85,7 +87,7 @@ def _right(flags: str, labels: Sequence[int]) -> Counter[int]:
     return Counter(label for flag, label in zip(flags, labels, strict=True) if flag == "1")
 
 
-def fragile(columns: Sequence[Sequence[ClassLine]], most: int = 20) -> list[str]:
+def fragile(columns: Sequence[Sequence[ClassLine]], most: int = FRAGILE) -> list[str]:
     """Class names from the least robust to the most, by the mean over the columns; at most `most` of them."""
     total: dict[str, float] = {}
     for column in columns:

@@ -13,6 +13,7 @@ from typing import Any
 
 from advtune import __version__
 from advtune.errors import UserError
+from advtune.report.classes import FRAGILE
 from advtune.report.figures import MOST, class_columns, class_panels, eps_panels, training_panels
 from advtune.report.formats import CAPTION, cells, footnotes, heading, label, subheading
 from advtune.report.found import Measured, headline, measured
@@ -166,7 +167,7 @@ def _class_table(columns: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     for _, column in columns:
         for line in column:
             by_name.setdefault(line.name, []).append(line)
-    return {"names": [name for name, _ in columns], "lines": by_name}
+    return {"names": [name for name, _ in columns], "lines": by_name, "drawn": FRAGILE}
 
 
 def _gallery(best: Sequence[Measured]) -> dict[str, Any]:

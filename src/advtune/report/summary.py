@@ -100,7 +100,7 @@ def _best(lines: Sequence[Measured]) -> list[str]:
             text += f" Its interval overlaps with that of {_list(near, 3)}: see advtune compare."
         rest = [label(line) for line in front(section) if line is not best]
         if rest:
-            text += f" On the Pareto front, with more clean accuracy: {_list(rest, 3)}."
+            text += f" Also on the Pareto front of clean and robust: {_list(rest, 3)}."
         found.append(text)
     if len(attacked) > MOST:
         found.append(f"In {len(attacked) - MOST} more settings: see the tables.")
