@@ -159,11 +159,18 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:
 
 
 def _report(verbs: Any) -> None:
-    p = verbs.add_parser("report", help="tables from result rows", description="Tables from run folders' rows.")
+    p = verbs.add_parser(
+        "report",
+        help="tables, figures or a page from result rows",
+        description="Tables, figures or one self-contained page (html) from run folders' rows. Nothing is downloaded; "
+        "the page's gallery attacks a handful of images with the models of the run folders.",
+    )
     p.add_argument("dirs", nargs="*", metavar="DIR", help="run folders, folders of run folders, or results.jsonl")
     p.add_argument("--against", metavar="PAPER", help="a paper's published numbers beside ours, and what differs: fap")
-    p.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "json"))
+    p.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "json", "html"))
     p.add_argument("--out", metavar="FILE", help="write there instead of printing")
+    p.add_argument("--figures", metavar="FOLDER", help="write the figures there, too, as .pdf and .png")
+    p.add_argument("--no-gallery", dest="gallery", action="store_false", help="a page without attacked images")
     p.set_defaults(verb="report")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -205,12 +206,29 @@ def study(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> None:
     from advtune.report import render, render_against
-    from advtune.results import read, write_atomic
+    from advtune.report.found import gather
+    from advtune.results import write_atomic
 
     if not args.dirs and not args.against:
         raise UserError("report: name run folders, or a paper to hold them against: --against fap")
-    rows = read(*(file for name in args.dirs for file in _rows_in(Path(name))))
-    text = render_against(rows, args.against, args.format) if args.against else render(rows, args.format)
+    if args.format == "html" and args.against:
+        raise UserError("--against has no page; choose --format markdown, or leave --against out")
+    if args.format == "html" and not args.out and sys.stdout.isatty():
+        raise UserError("--format html: name the page's file: --out report.html")
+    if args.format == "html" or args.figures:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a report downloads neither models nor data
+    rows, folders = gather([file for name in args.dirs for file in _rows_in(Path(name))])
+    if args.figures:
+        from advtune.report.figures import write_figures
+
+        files, missing = write_figures(rows, folders, Path(args.figures))
+        print("\n".join([f"written: {', '.join(map(str, files))}", *missing]), file=sys.stderr)
+    if args.format == "html":
+        from advtune.report.html import page
+
+        text = page(rows, folders, gallery=args.gallery)
+    else:
+        text = render_against(rows, args.against, args.format) if args.against else render(rows, args.format)
     if args.out:
         write_atomic(args.out, text)
     else:

@@ -1,4 +1,4 @@
-"""Result rows to Markdown, CSV, LaTeX, JSON and one scatter plot; published numbers with ours beside them."""
+"""Result rows to Markdown, CSV, LaTeX, JSON, figures and a page; published numbers with ours beside them."""
 
 from advtune.report.beside import render_against
 from advtune.report.formats import render

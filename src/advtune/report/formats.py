@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from advtune.errors import UserError
@@ -35,6 +35,7 @@ LATEX = {
     "\n": " ",
     "\r": " ",
 } | {special: "\\" + special for special in "&%_#${}"}
+LONG = 24  # letters of a cell, beyond which its column is broken into lines
 LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"  # those of Latin-1 that OT1 fonts have
 
 
@@ -136,10 +137,10 @@ def _number(line: Line, name: str) -> str:
     return f"{100 * mean:.1f}{spread} [{100 * line[f'{name}_low']:.1f}, {100 * line[f'{name}_high']:.1f}]"
 
 
-def _cells(section: Sequence[Line]) -> list[list[str]]:
+def cells(section: Sequence[Line]) -> list[list[str]]:
     """The header and the lines of one section, as plain text."""
     names = ["clean", "robust"] if section[0]["attack"] else ["clean"]
-    cells = [["Method", "Trained on", "Seeds", "n", *(f"{name.capitalize()} %" for name in names)]]
+    grid = [["Method", "Trained on", "Seeds", "n", *(f"{name.capitalize()} %" for name in names)]]
     for line in section:
         trained = slice_name(line["train"], line["train_subset"], line["train_part"]) or "-"
         if line["train_shots"]:
@@ -150,8 +151,8 @@ def _cells(section: Sequence[Line]) -> list[list[str]]:
         sizes = dict.fromkeys(str(line[f"{name}_n"]) for name in names)
         marker = " †" if line["reconstructed"] else ""
         numbers = [_number(line, name) for name in names]
-        cells.append([label(line) + marker, trained, seeds, " / ".join(sizes), *numbers])
-    return cells
+        grid.append([label(line) + marker, trained, seeds, " / ".join(sizes), *numbers])
+    return grid
 
 
 def _markdown(lines: Sequence[Line]) -> str:
@@ -160,10 +161,10 @@ def _markdown(lines: Sequence[Line]) -> str:
         blocks.append(f"### {escape(heading(section))}")
         if below := subheading(section):
             blocks.append(escape(below))
-        header, *body = _cells(section)
+        header, *body = cells(section)
         rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
         table_lines = [[escape(cell) for cell in header], rule, *([escape(cell) for cell in line] for line in body)]
-        blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in table_lines))
+        blocks.append("\n".join(f"| {' | '.join(each)} |" for each in table_lines))
         blocks += [escape(note) for note in footnotes(section)]
         blocks.append(_settings(section))
     return "\n\n".join([*blocks, escape(CAPTION)]) + "\n"
@@ -180,7 +181,7 @@ def _harmonic(rows: Sequence[Row], format: str) -> str:
     if format == "markdown":
         rule = ["---"] * 6 + ["---:"] * (len(header) - 6)
         grid = [[escape(cell) for cell in header], rule, *([escape(cell) for cell in line] for line in body)]
-        rest = "\n".join(f"| {' | '.join(cells)} |" for cells in grid)
+        rest = "\n".join(f"| {' | '.join(each)} |" for each in grid)
         return f"\n### {title}\n\n{rest}\n\n{note}\n"
     rows_ = [" & ".join(map(tex, line)) + r" \\" for line in (header, *body)]
     top = [rf"\noindent\textbf{{{title}}}\par", rf"\noindent\begin{{tabular}}{{{'l' * 6 + 'r' * (len(header) - 6)}}}"]
@@ -200,21 +201,26 @@ def _settings(section: Sequence[Line]) -> str:
 def _latex(lines: Sequence[Line]) -> str:
     blocks = []
     for section in sections(lines):
-        header, *body = _cells(section)
-        align = "l" * 3 + "r" * (len(header) - 3)
+        header, *body = cells(section)
+        align = "".join(_column(line[i] for line in body) for i in range(3)) + "r" * (len(header) - 3)
         rows = [" & ".join(tex(cell) for cell in line) + r" \\" for line in body]
         top = rf"\noindent\textbf{{{tex(heading(section))}}}\par"
         head = [
-            rf"\noindent\begin{{tabular}}{{{align}}}",
+            rf"\begingroup\footnotesize\tabcolsep 3pt\noindent\begin{{tabular}}{{{align}}}",
             r"\hline",
             " & ".join(map(tex, header)) + r" \\",
             r"\hline",
         ]
         notes = [below] if (below := subheading(section)) else []
         foot = [rf"\noindent{{\footnotesize {tex(note)}\par}}" for note in [*notes, *footnotes(section)]]
-        blocks.append("\n".join([top, *head, *rows, r"\hline", r"\end{tabular}\par", *foot]))
+        blocks.append("\n".join([top, *head, *rows, r"\hline", r"\end{tabular}\par\endgroup", *foot]))
     blocks.append(rf"\noindent{{\footnotesize {tex(CAPTION)}\par}}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _column(texts: Iterable[str]) -> str:
+    """A column of text: broken into lines where it would push the numbers off the page."""
+    return r"p{0.24\textwidth}" if max(map(len, texts)) > LONG else "l"
 
 
 def csv_text(lines: Sequence[Line]) -> str:

@@ -1,11 +1,15 @@
-"""Clean against robust accuracy, one point a table line."""
+"""Panels, and clean against robust accuracy: one point a table line, with the Pareto front."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +20,23 @@ from advtune.results import Row, write_atomic
 
 # Okabe and Ito's eight, told apart with any colour vision; yellow last, it is faint on white
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-MARKERS = (
-    "o",
-    "s",
-    "^",
-    "D",
-    "v",
-    "P",
-    "X",
-    "*",
-    "<",
-)  # nine against eight colours: 72 pairs before a repeat
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # nine against eight colours: 72 pairs before a repeat
 FORMATS = (".png", ".pdf", ".svg")
-PLACES = [
-    (6, 6),
-    (6, -14),
-    (-6, 6),
-    (-6, -14),
-    (6, 20),
-    (6, -28),
-    (-6, 20),
-    (-6, -28),
-]  # points from the marker
+UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+PLACES = [(6, 6), (6, -14), (-6, 6), (-6, -14), (6, 20), (6, -28), (-6, 20), (-6, -28)]  # points from the marker
+FRONT = "#888888"
+CROWD, WORDY = 12, 26  # lines of a panel, letters of a name, beyond which names stand in a legend below
+WIDE, TALL, ENTRY = 5.2, 4.4, 0.16  # inches: a panel, and a line of its legend
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. `draw` fills them; `finish`, if any, does what needs the layout to stand."""
+
+    title: str
+    draw: Callable[[Any], None]
+    finish: Callable[[Any], None] | None = None
+    size: tuple[float, float] = (WIDE, TALL)  # inches
 
 
 def scatter(rows: Sequence[Row], path: str | os.PathLike[str], title: str | None = None) -> None:
@@ -45,45 +44,98 @@ def scatter(rows: Sequence[Row], path: str | os.PathLike[str], title: str | None
 
     Raises UserError when no row has a robust accuracy, or for another file type.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"cannot draw {path.name}; end the name in {', '.join(FORMATS)}")
-    panels = [each for each in sections(table(rows)) if each[0]["robust_accuracy"] is not None]
+    panels = scatter_panels(rows)
     if not panels:
         raise UserError("no row has a robust accuracy, so there is nothing to plot; evaluate with an attack")
-    names = list(dict.fromkeys(label(line) for section in panels for line in section))
+    kind = path.suffix[1:].lower()
+    write_atomic(path, pictures(panels, [kind], title)[kind])
+
+
+def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = None) -> dict[str, bytes]:
+    """The panels side by side, at most three in a row, as a file of each kind (png, pdf or svg). The same panels
+    give the same bytes."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     wide = min(3, len(panels))
     tall = math.ceil(len(panels) / wide)
-    figure = Figure(figsize=(5.2 * wide, 4.4 * tall), dpi=120, layout="constrained")
+    width, height = (max(panel.size[i] for panel in panels) for i in (0, 1))
+    figure = Figure(figsize=(width * wide, height * tall), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, parse_math=False)
     axes = figure.subplots(tall, wide, squeeze=False).flatten()
-    for axis, section in zip(axes, panels, strict=False):
-        _panel(axis, section, names)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    figure.draw_without_rendering()  # places are in pixels: the layout must stand first
-    for axis, section in zip(axes, panels, strict=False):
-        _labels(axis, section)
-    out = io.BytesIO()
-    figure.savefig(out, format=path.suffix[1:].lower())
-    write_atomic(path, out.getvalue())
+    out = {kind: io.BytesIO() for kind in kinds}
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "advtune"}):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font has not
+        for axis, panel in zip(axes, panels, strict=False):
+            axis.set_axisbelow(True)
+            axis.grid(True, color="#dddddd", linewidth=0.6)
+            if panel.title:
+                axis.set_title(panel.title, fontsize=9, parse_math=False)
+            panel.draw(axis)
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        figure.draw_without_rendering()  # places are in pixels: the layout must stand first
+        for axis, panel in zip(axes, panels, strict=False):
+            if panel.finish is not None:
+                panel.finish(axis)
+        figure.set_layout_engine("none")  # it stands; names beside markers are not to move it, and to lay out is slow
+        for kind, stream in out.items():
+            figure.savefig(stream, format=kind, metadata=UNDATED[kind])
+    return {kind: stream.getvalue() for kind, stream in out.items()}
 
 
-def _panel(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+def scatter_panels(rows: Sequence[Row], least: int = 1) -> list[Panel]:
+    """Clean against robust accuracy, a panel for each section with an attack and at least so many lines."""
+    found = [each for each in sections(table(rows)) if each[0]["robust_accuracy"] is not None and len(each) >= least]
+    names = list(dict.fromkeys(label(line) for section in found for line in section))
+    panels = []
+    for section in found:
+        crowded = len(section) > CROWD or any(len(label(line)) > WORDY for line in section)
+        draw = partial(_points, section=section, names=names, legend=crowded)
+        finish = None if crowded else partial(_labels, section=section)
+        entries = sum(folded(label(line)).count("\n") + 1 for line in section) if crowded else 0
+        size = (WIDE, TALL + ENTRY * entries)
+        panels.append(Panel(heading(section).replace(" · ", "\n"), draw, finish, size))
+    return panels
+
+
+def look(name: str, names: Sequence[str]) -> tuple[str, str]:
+    """Colour and marker of a name, by its place among the names of a page."""
+    i = names.index(name)
+    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points no other beats: none is at least as good in both and better in one. By ascending first number."""
+
+    def beaten(a: tuple[float, float]) -> bool:
+        return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
+
+    return sorted((i for i, point in enumerate(points) if not beaten(point)), key=lambda i: points[i])
+
+
+def front(section: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a section on the Pareto front of clean and robust accuracy, by ascending clean accuracy."""
+    lines = [line for line in section if line["robust_accuracy"] is not None]
+    return [lines[i] for i in pareto([(line["clean_accuracy"], line["robust_accuracy"]) for line in lines])]
+
+
+def _points(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str], legend: bool) -> None:
     for line in section:
-        i = names.index(label(line))
         points = {}
         for name in ("clean", "robust"):
             mean, low, high = (100 * line[f"{name}_{key}"] for key in ("accuracy", "low", "high"))
             points[name] = ([mean], [[max(0, mean - low)], [max(0, high - mean)]])
         (x, x_bar), (y, y_bar) = points["clean"], points["robust"]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axis.errorbar(x, y, xerr=x_bar, yerr=y_bar, fmt=marker, color=colour, markersize=7, elinewidth=1, capsize=2)
+        colour, marker = look(label(line), names)
+        axis.errorbar(x, y, xerr=x_bar, yerr=y_bar, fmt=marker, color=colour, markersize=7, elinewidth=1, capsize=2,
+                      label=folded(label(line)))  # fmt: skip
     axis.margins(0.15)
     left, right = axis.get_xlim()
     low, high = axis.get_ylim()
@@ -91,9 +143,32 @@ def _panel(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str]) -
     axis.set_ylim(max(low, -3), min(high, 103))
     axis.set_xlabel("clean accuracy (%)")
     axis.set_ylabel("robust accuracy (%)")
-    axis.set_title(heading(section).replace(" · ", "\n"), fontsize=9, parse_math=False)
-    axis.grid(True, color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
+    best = [(100 * line["clean_accuracy"], 100 * line["robust_accuracy"]) for line in front(section)]
+    if len(section) > 1:  # the corner that the points of the front leave to the others
+        x = [axis.get_xlim()[0], *(clean for clean, _ in best), best[-1][0]]
+        y = [best[0][1], *(robust for _, robust in best), axis.get_ylim()[0]]
+        axis.step(x, y, where="pre", color=FRONT, linewidth=1, linestyle="--", zorder=0.5)
+    if legend:
+        from matplotlib.transforms import offset_copy
+
+        below = offset_copy(axis.transAxes, axis.figure, 0, -34, "points")  # under the axis and its name
+        plain_legend(axis, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, frameon=False, fontsize=7)
+
+
+def plain_legend(axis: Any, **how: Any) -> None:
+    """A legend whose names are no formulas."""
+    for text in axis.legend(**{"fontsize": 8, "framealpha": 0.85} | how).get_texts():
+        text.set_parse_math(False)
+
+
+def folded(text: str) -> str:
+    """The text in lines of a legend's width."""
+    return textwrap.fill(text, 66)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and an ellipsis."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _labels(axis: Any, section: Sequence[dict[str, Any]]) -> None:

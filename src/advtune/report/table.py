@@ -23,14 +23,19 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Accuracies are fractions. A line is all rows that differ only in seed; of rows that differ only in when
     and where they were computed the latest counts. Raises UserError when there is no row.
     """
+    return [line for line, _ in lines_with_rows(rows)]
+
+
+def lines_with_rows(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """The lines of `table`, each with the rows it was made of. Raises as `table`."""
     if not rows:
         raise UserError("no result rows to report; evaluate something first or name another file")
     lines = []
-    for number, section in enumerate(group_by(latest(rows), _section_key).values()):
+    for number, section in enumerate(group_by(latest(rows), section_key).values()):
         groups = list(group_by(section, line_key).values())
         groups.sort(key=lambda group: group[0].train is not None)
-        for group, differs in zip(groups, _differences(groups), strict=True):
-            lines.append({"section": number} | _line(group, differs))
+        for group, differs in zip(groups, what_differs(groups), strict=True):
+            lines.append(({"section": number} | _line(group, differs), group))
     return lines
 
 
@@ -82,7 +87,8 @@ def without(facts: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in (facts or {}).items() if key not in keys}
 
 
-def _section_key(row: Row) -> str:
+def section_key(row: Row) -> str:
+    """Equal for rows whose numbers may stand in one table: data, n, attack and backbone."""
     data = [row.data.get(key) for key in ("name", "part", "resolution")] + [row.data.get("subset", "all")]
     sizes = [row.clean["n"], row.robust and row.robust["n"]]
     backbone = [row.backbone.get(key) for key in ("name", "sha256")]
@@ -130,13 +136,13 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         seeds = [row.train, row.data, row.recipe, row.attack]
-        key = _section_key(row) + line_key(row) + canonical(seeds)
+        key = section_key(row) + line_key(row) + canonical(seeds)
         if key not in found or row.time >= found[key].time:
             found[key] = row
     return list(found.values())
 
 
-def _differences(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+def what_differs(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     """What tells each line of a section from the others.
 
     Options, recipe and training attack are compared within a method (but its eps in all), the training slice
