@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advtune.attacks import PGD
 from advtune.data import Task
-from advtune.errors import UserError
+from advtune.errors import UserError, near
 from advtune.methods.advmaple import AdvMaPLe
 from advtune.methods.advpt import AdvPT
 from advtune.methods.advvlp import AdvVLP
@@ -86,7 +86,7 @@ def configure(
     Raises UserError for an unknown method, key or value.
     """
     if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name!r}; {near(name, METHODS)}")
     what, method = f"method {name}", METHODS[name]()
     options = [options] if isinstance(options, str) else options
     if isinstance(options, Mapping):
@@ -99,8 +99,7 @@ def configure(
     if preset is not None:
         presets: Mapping[str, Mapping[str, Any]] = getattr(method, "presets", {})
         if not isinstance(preset, str) or preset not in presets:
-            known = ", ".join(presets) or "none"
-            raise UserError(f"{what} has no preset {preset!r}; known presets: {known}")
+            raise UserError(f"{what} has no preset {preset!r}; {near(preset, presets)}")
         method = fill(method, presets[preset], what)
     method, recipe = fill_many([method, method.recipe], pairs, what)
     if attack and not method.attack.eps:
