@@ -54,7 +54,7 @@ def test_a_script_is_sound_and_knows_every_name(shell, scripts):
         (["report", "--format", ""], "markdown csv latex json"),
         (["list", "b"], "backbones"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bash_completes(typed, offered, scripts):
     done = subprocess.run(

@@ -4,10 +4,12 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from advtune import checkpoint, train
 from advtune.cli import main
 from advtune.errors import UserError
+from advtune.tensorboard import Board
 from test_train import FAST, killed_at_the_second_step
 
 EVENTS = "events.out.tfevents.*"
@@ -63,6 +65,16 @@ def test_a_resumed_run_has_every_step_once(since, every, vlm, task, how, monkeyp
         board.close()
     train.tune("capt", vlm, task, resume=True, **how)
     assert curves(how["tensorboard"]) == logged(how["out"])
+
+
+def test_a_checkpoint_comes_after_the_curves_are_on_disk(vlm, task, how, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)
+    seen = []
+    for name, place, method in (("curves", Board, "flush"), ("checkpoint", torch, "save")):
+        real = getattr(place, method)
+        monkeypatch.setattr(place, method, lambda *given, real=real, name=name: (seen.append(name), real(*given)))
+    train.tune("capt", vlm, task, **how)
+    assert len(seen) > 4 and seen == ["curves", "checkpoint"] * (len(seen) // 2)
 
 
 def test_another_run_s_curves_are_kept_unless_overwritten(vlm, task, how, tmp_path):

@@ -139,13 +139,14 @@ def test_listings_on_a_terminal(what, monkeypatch):
     assert " ".join(terminal.END[what].split()) in " ".join(text.split())
 
 
-def test_a_narrow_terminal_loses_no_digit():
-    rows = [["Method", "n", "Clean %"], ["tecoa", "500", "57.8 ± 0.9 [53.4, 62.1]"]]
-    for width in (100, 24):
+def test_a_narrow_terminal_loses_no_digit_and_a_name_is_no_markup():
+    rows = [["Method", "n", "Clean %"], ["[red]t[/]", "500", "57.8 ± 0.9 [53.4, 62.1]"]]
+    for width in (24, 100):
         console = terminal.Console(file=io.StringIO(), width=width)
         console.print(terminal.grid(rows, [False, True, True], width))
         found = "".join(console.file.getvalue().split())
         assert all(each in found for each in ("500", "57.8", "53.4,", "62.1]"))
+    assert "[red]t[/]" in found
 
 
 def test_a_real_terminal_and_no_colour():
