@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-slow bench check format clean
 
 setup: .venv/.ready
 
@@ -19,6 +19,12 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# torchattacks is no dependency: it pins an old requests. It runs without one.
+bench: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1 scipy
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/performance_page.py
 
 check: setup
 	$(BIN)/ruff check .

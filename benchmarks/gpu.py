@@ -32,6 +32,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
+from torch import Tensor, nn
+
+import advtune
+from advtune import results, runs
+from advtune.attacks import PGD, AutoAttack
+from advtune.checks import zero_share
+from advtune.data import Split, load_images, load_task
+from advtune.data.catalog import entry
+from advtune.errors import UserError
+from advtune.evaluation import evaluate_curve, task_for
+from advtune.methods import METHODS, configure
+from advtune.train import tune
+from advtune.vlm import VLM
 from gpu_measure import (
     GB,
     SHAPES,
@@ -46,19 +59,6 @@ from gpu_measure import (
     timed,
     training,
 )
-from torch import Tensor, nn
-
-import advtune
-from advtune import results, runs
-from advtune.attacks import PGD, AutoAttack
-from advtune.checks import zero_share
-from advtune.data import Split, load_images, load_task
-from advtune.data.catalog import entry
-from advtune.errors import UserError
-from advtune.evaluation import evaluate_curve, task_for
-from advtune.methods import METHODS, configure
-from advtune.train import tune
-from advtune.vlm import VLM
 
 FIRST = ("pmg-aft", "tecoa", "fap", "apt", "capt", "apd")  # of the methods, should the time not do for all
 TARGET = ("pmg-aft", "vit-b/16")  # over 40 % of the peak, at TOWER_BATCH

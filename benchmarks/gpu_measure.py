@@ -220,7 +220,7 @@ def steps_of(
         batch.kept = {key: value.detach() for key, value in method.prepare(models, batch, attack).items()}
     learning = dict.fromkeys(p for model in models.values() for p in model.parameters() if p.requires_grad)
     plan = SimpleNamespace(name=name, method=method, attack=attack)
-    whole = partial(update, plan, models, batch, recipe.optimiser(learning), 0.0, 0)
+    whole = partial(update, plan, models, batch, recipe.optimiser(learning), 0.0, 0, torch.empty(0))
     return lambda: torch.stack(list(method.loss(models, batch, attack).values())).sum().backward(), whole
 
 

@@ -155,6 +155,15 @@ def test_a_step_that_the_paper_does_not_tell_is_compared_with_the_default_at_our
     assert fact == {"what": "attack options", "ours": "step_size=3.92157e-05", "paper": "the defaults"}
 
 
+def test_a_faster_training_attack_is_told_where_the_paper_does_not_name_its_own(paper) -> None:
+    fast = {"name": "n-fgsm", "eps": 1 / 255, "noise": 2.0, "step_size": 1 / 255}
+    rows = whole(train={"attack": fast})
+    assert {"what": "training attack", "ours": "n-fgsm", "paper": "pgd"} in line(rows)["differs"]
+    del paper["tables"]["few"]["protocol"]["train_attack"]["name"]
+    told = {"what": "training attack options", "ours": "name=n-fgsm", "paper": "the method's defaults"}
+    assert line(rows)["differs"] == [told]
+
+
 @pytest.mark.parametrize("subset", ["all", "base", "new"])
 def test_other_class_names_are_told(paper, subset) -> None:
     names = catalog.entry("dtd")["classes"]

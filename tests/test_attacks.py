@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from advtune.attacks import APGD, ATTACKS, CWL2, FAB, FGSM, PGD, AutoAttack, Noise, Square
-from advtune.attacks.ball import distance
+from advtune.attacks.ball import distance, project, projection
 from advtune.errors import UserError
 from toys import Linear, Net, Recorded, between, images, stands
 
@@ -297,3 +297,11 @@ def test_units_of_steps_and_of_cw_are_checked():
             PGD(step_size=step)
     with pytest.raises(UserError, match="write 128/255"):
         CWL2(eps=128)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_projection_for_many_steps_is_the_projection(norm):
+    x = images(6)
+    x[0], x[1] = 0.0, 1.0
+    z = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(projection(x, 0.1, norm)(z), project(z, x, 0.1, norm))

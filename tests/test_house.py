@@ -117,3 +117,10 @@ def test_the_results_page_is_what_the_rows_give():
         [sys.executable, "recipes/results_page.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_performance_page_is_what_the_lines_give():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/performance_page.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -136,6 +136,7 @@ def test_listings_on_a_terminal(what, monkeypatch):
     facts = listing(what)
     assert {fact["name"] for fact in facts} <= names
     assert {option["name"] for fact in facts for option in fact.get("options", ())} <= {n.rstrip("†") for n in names}
+    assert what != "methods" or {"n-fgsm", "free"} < names
     assert " ".join(terminal.END[what].split()) in " ".join(text.split())
 
 

@@ -96,7 +96,7 @@ def _train(verbs: Any) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
     p.add_argument("--tensorboard", metavar="DIR", help="also write the curves of the loss terms there")
     p.add_argument("--json", action="store_true", help="print the run, its settings and last losses as JSON")
-    _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3")
+    _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3; another attack: -a name=n-fgsm, name=free")
     p.set_defaults(verb="train")
 
 

@@ -99,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _attacks(args: argparse.Namespace) -> list[Any]:
     """The attack asked for; of several eps, one for each, ascending."""
-    from advtune.attacks import ATTACKS
+    from advtune.attacks import ATTACKS, check_measures
     from advtune.options import fill
 
     if args.attack in (None, "none"):
@@ -109,6 +109,7 @@ def _attacks(args: argparse.Namespace) -> list[Any]:
         return [None]
     if args.attack == "transfer":
         raise UserError("transfer: name the attack, and with --source DIR the model to make the images on")
+    check_measures(args.attack)
     if args.attack not in ATTACKS:
         raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, ATTACKS)}")
     rest = [option for option in args.attack_options if not option.replace(" ", "").startswith("eps=")]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advtune import runs
-from advtune.attacks import PGD
+from advtune.attacks import PGD, Attack
 from advtune.data import Task, load_task
 from advtune.data.catalog import entry as facts_of
 from advtune.data.catalog import names
@@ -74,13 +74,14 @@ def training(run: Run, n: int) -> tuple[float, float]:
     counted. Raises UserError for options that do not fit."""
     method, recipe, attack = run.configured()
     cycles = getattr(method, "cycles", 1)
-    once, each = step(method, replace(attack, early_stop=False), recipe.augment, cycles)
+    worst: Any = replace(attack, early_stop=False) if isinstance(attack, PGD) else attack
+    once, each = step(method, worst, recipe.augment, cycles)
     passes = recipe.epochs * cycles
     return n * (once[0] + passes * each[0]), n * (once[1] + passes * each[1])
 
 
 @cache
-def step(method: Any, attack: PGD, augment: bool, cycles: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def step(method: Any, attack: Attack, augment: bool, cycles: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """(forwards, gradients) of an image: of preparing it, and of a training step, the mean over the cycles. Counted
     while the embedded backbone does it, so that it is true of every method."""
     task = Task("two", "two", ("cat", "dog"), "a photo of a {}.", {})

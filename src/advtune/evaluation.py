@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from advtune import runs
-from advtune.attacks import Attack, Defended, Transfer
+from advtune.attacks import Attack, Defended, Transfer, check_measures
 from advtune.attacks.gradients import Function
 from advtune.checks import CHECKS, IMAGES, Sample, check, zero_share
 from advtune.data import Split, Task, load_images, load_task
@@ -82,6 +82,8 @@ def evaluate_all(
     """A row for each attack; the balls of later ones hold those of earlier ones. Arguments: see `evaluate`."""
     begin = time.monotonic()
     check_seed(seed)
+    for attack in attacks:
+        check_measures("" if attack is None else attack.name)
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least 1 image is needed")
     if source is not None and attacks[0] is None:

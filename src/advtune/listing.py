@@ -19,6 +19,7 @@ END = {
     "attacks": "transfer: any of these but autoattack, with --source MODEL: the images are made on that model",
     "data": "* not yet loaded from the hub by us: `advtune list data --json` says what is taken on trust",
 }
+FASTER = "to tune faster, in place of the method's training attack: -a name=NAME, at its eps"
 
 
 def listing(what: str) -> list[dict[str, Any]]:
@@ -70,6 +71,17 @@ def _backbones() -> list[dict[str, Any]]:
     return [embedded, *hub, local]
 
 
+def training() -> list[dict[str, Any]]:
+    """The attacks that stand in for a paper's when it takes too long."""
+    from advtune.attacks import ATTACKS, TRAINING
+
+    return [
+        {"name": name, "about": (kind.__doc__ or "").strip().splitlines()[0], "options": describe(kind)}
+        for name, kind in TRAINING.items()
+        if name not in ATTACKS
+    ]
+
+
 def source(fact: dict[str, Any]) -> str:
     """Where the images of a set come from; * when nobody has tried."""
     where = "the package" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
@@ -106,7 +118,14 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
     if what == "attacks":
         console.print(END["attacks"], soft_wrap=True)
     if what == "methods":
+        _show_training(console)
         console.print(END["methods"])
+
+
+def _show_training(console: Any) -> None:
+    console.print(f"{FASTER}\n")
+    for fact in training():
+        _show_options(console, fact)
 
 
 def _show_options(console: Any, fact: dict[str, Any]) -> None:

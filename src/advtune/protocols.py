@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from advtune.attacks import ATTACKS, PGD
+from advtune.attacks import ATTACKS, Attack, check_measures
 from advtune.data.task import OPENERS
 from advtune.errors import UserError, near
 from advtune.methods import METHODS, configure
@@ -87,9 +87,10 @@ class Run:
         method, recipe, attack = self.configured()
         facts |= {"subset": self.subset, "part": self.part, "shots": self.shots, "seed": self.seed}
         facts |= {"limit": self.limit, "options": as_options(method), "recipe": as_options(recipe)}
-        return facts | {"attack": as_options(attack)}
+        named = {} if attack.name in ("pgd", "cw-pgd") else {"name": attack.name}  # older folders' keys have none
+        return facts | {"attack": named | as_options(attack)}
 
-    def configured(self) -> tuple[Any, Recipe, PGD]:
+    def configured(self) -> tuple[Any, Recipe, Attack]:
         """The method, its recipe and its training attack. Raises UserError as `configure`."""
         epochs = {} if self.epochs is None else {"epochs": self.epochs}
         return configure(self.method, {**self.options, **epochs}, self.train_attack)
@@ -125,6 +126,7 @@ def attacks_of(facts: Mapping[str, Any], curve: bool = False) -> list[Any]:
         if len(facts) > 1:
             raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
         return [None]
+    check_measures(name)
     if name not in ATTACKS:
         raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
     one = fill(ATTACKS[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)

@@ -39,7 +39,8 @@ class Study:
     methods, data: names of `advtune list`, or data specs. train_on: the set tuned on, where others are tested.
     shots: numbers of images a class, or "all". seeds: of the training. limit, train_limit: so many test and training
     images. options: method and recipe fields for every method, `method[NAME]` for one; train_attack: fields of the
-    training attack. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none: clean alone.
+    training attack, and its name. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none:
+    clean alone.
     paper, table: what it reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown,
     missing or of the wrong type.
     """

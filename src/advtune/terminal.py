@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from advtune.listing import END, recipes, show, shown, source
+from advtune.listing import END, FASTER, recipes, show, shown, source, training
 
 LOUD = ("alarm", "warning")  # how a line begins that must not be overlooked
 ROOM = 30  # columns that the words beside the numbers need
@@ -78,6 +78,10 @@ def listed(what: str, facts: list[dict[str, Any]]) -> None:
         console.print(grid([["Name", "What it is", "Where"], *rows], [False] * 3, console.width))
     else:
         for fact in facts:
+            _options(console, fact)
+    if what == "methods":
+        say(console, [FASTER, ""])
+        for fact in training():
             _options(console, fact)
     if what in END:
         say(console, [END[what]])

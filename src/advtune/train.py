@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from advtune import runs
-from advtune.attacks import PGD
+from advtune.attacks import Attack, Free, Replay
 from advtune.augment import crop_and_flip
 from advtune.checkpoint import Log, claim, finish, same
 from advtune.data import Images, Split, Task, load_images, load_task
@@ -21,6 +21,7 @@ from advtune.methods import Method, configure
 from advtune.options import as_options, describe
 from advtune.progress import progress
 from advtune.recipe import Recipe
+from advtune.rows import attack_facts
 from advtune.tensorboard import board
 from advtune.vlm import VLM, Batch
 
@@ -35,7 +36,7 @@ class Plan:
     name: str
     method: Method
     recipe: Recipe
-    attack: PGD
+    attack: Attack
     backbone: VLM
     task: Task
     split: Split
@@ -54,7 +55,7 @@ class Plan:
             "options": as_options(self.method),
             "reconstructed": [fact["name"] for fact in describe(self.method) if fact["reconstructed"]],
             "recipe": as_options(self.recipe),
-            "attack": {"name": self.attack.name, **as_options(self.attack), "step_size": self.attack.step},
+            "attack": attack_facts(self.attack),
             "train": {
                 "spec": self.task.spec,
                 "name": self.task.name,
@@ -83,7 +84,9 @@ class Plan:
     def notes(self, n: int, student: VLM) -> list[str]:
         """What a reader of the row should know about this run."""
         _, per_epoch, steps = self.steps(n)
-        notes = []
+        notes, m = [], replays(self.attack)
+        if m > 1:
+            notes.append(f"each batch is gone through {m} times: {self.recipe.epochs / m:g} times over the images")
         for wanted in (self.recipe.warmup, self.recipe.warmup_epochs * per_epoch):
             if wanted > steps // 10:
                 notes.append(f"warm-up of {wanted} steps cut to {steps // 10} of {steps}")
@@ -120,16 +123,16 @@ def tune(
     """Tune a backbone with a method on labelled images; the tuned model, which `evaluate` takes.
 
     options and attack: `key=value` texts or a mapping, for the method's and recipe's fields and for the
-    training attack's. shots: images a class, none for all. With `out`, a run folder is written; while it is
-    being made it is called OUT.partial, and `resume` goes on from there to the same bits. tensorboard: a folder for
-    the run's curves. Raises UserError on bad input, before anything is written, and on a loss or result that is not
-    finite.
+    training attack's, whose `name` is pgd, n-fgsm or free. shots: images a class, none for all. With `out`, a run
+    folder is written; while it is being made it is called OUT.partial, and `resume` goes on from there to the same
+    bits. tensorboard: a folder for the run's curves. Raises UserError on bad input, before anything is written, and
+    on a loss or result that is not finite.
     """
     check_seed(seed)
     options = [options] if isinstance(options, str) else options
     if epochs is not None:
         options = {**options, "epochs": epochs} if isinstance(options, Mapping) else [*options, f"epochs={epochs}"]
-    chosen, recipe, pgd = configure(method, options, attack)
+    chosen, recipe, made = configure(method, options, attack)
     if method == "zero-shot":
         raise UserError("zero-shot trains nothing; use: advtune evaluate zero-shot")
     out = None if out is None else Path(out)
@@ -144,7 +147,7 @@ def tune(
     side = model.side if resolution is None else resolution
     split = Split(part=part, shots=shots, seed=seed, limit=limit, resolution=side, on_bad=on_bad)
     images = load_images(task, split, progress=show)
-    plan = Plan(method, chosen, recipe, pgd, model.requires_grad_(False), task, split, seed)
+    plan = Plan(method, chosen, recipe, made, model.requires_grad_(False), task, split, seed)
     models = chosen.setup(model, task, seed)
     config = plan.config(images, models, out)
     tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
@@ -168,10 +171,14 @@ def fit(
     plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, log: Log, show: bool
 ) -> VLM:
     """Run the plan; the student. Deterministic in the plan, whether resumed or not."""
-    learning = {f"{m}.{n}": p for m, vlm in models.items() for n, p in vlm.named_parameters() if p.requires_grad}
-    optimiser = plan.recipe.optimiser(learning.values())
+    parameters = {f"{m}.{n}": p for m, vlm in models.items() for n, p in vlm.named_parameters() if p.requires_grad}
+    optimiser = plan.recipe.optimiser(parameters.values())
     size, per_epoch, cycle = plan.steps(len(images.y))
     steps = cycle * getattr(plan.method, "cycles", 1)
+    learning, m, d = dict[str, Tensor](parameters), replays(plan.attack), torch.empty(0)
+    if isinstance(plan.attack, Free):
+        d = plan.attack.start((size, *images.x.shape[1:]), plan.seed).to(plan.backbone.device)
+        learning["attack.d"] = d  # kept from batch to batch, so in the checkpoint
     first = log.restore(learning, optimiser)
     device = plan.backbone.device
     images = images.on(device)
@@ -182,9 +189,10 @@ def fit(
         raise
     with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
         for step in range(first, steps):
-            order = epoch_order(len(images.y), plan.seed, step // per_epoch)
-            rows = order[(step % per_epoch) * size :][:size]
-            torch.manual_seed(mix(plan.seed, step))
+            number = step // m  # of the batch; the replays of one see the same images, augmented alike
+            order = epoch_order(len(images.y), plan.seed, number // per_epoch)
+            rows = order[(number % per_epoch) * size :][:size]
+            torch.manual_seed(mix(plan.seed, number * m))
             pixels, y = images.batch(rows, device)
             if plan.recipe.augment:
                 pixels = crop_and_flip(pixels)
@@ -192,13 +200,13 @@ def fit(
             batch = Batch(pixels, y, tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
             rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
             try:
-                terms = update(plan, models, batch, optimiser, rate, step)
+                terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)])
                 if step == steps - 1:
                     check_finite(plan, learning, rate)
             except UserError:
                 log.close(drop=True)
                 raise
-            log.step({"step": step, "epoch": step // per_epoch, "lr": rate, **terms}, learning, optimiser)
+            log.step({"step": step, "epoch": number // per_epoch, "lr": rate, **terms}, learning, optimiser)
             advance(note=" ".join(f"{name} {value:.3f}" for name, value in terms.items()))
     log.close()
     return models["student"]
@@ -242,12 +250,17 @@ def update(
     optimiser: torch.optim.Optimizer,
     rate: float,
     step: int,
+    d: Tensor,
 ) -> dict[str, float]:
-    """One optimiser step; the loss terms as numbers. Raises UserError naming the term that is not finite."""
-    terms = plan.method.loss(models, batch, plan.attack)
+    """One optimiser step; the loss terms as numbers. d [B, 3, S, S]: the perturbation that free replay keeps, moved in
+    place. Raises UserError naming the term that is not finite."""
+    attack = Replay(plan.attack, d) if isinstance(plan.attack, Free) else plan.attack
+    terms = plan.method.loss(models, batch, attack)
     heights = torch.stack(list(terms.values()))
     optimiser.zero_grad(set_to_none=True)
     heights.sum().backward()
+    if isinstance(attack, Replay):
+        attack.climb()
     values = dict(zip(terms, heights.tolist(), strict=True))  # asked for once, with all else of the step under way
     for name, value in values.items():
         if not math.isfinite(value):
@@ -256,6 +269,11 @@ def update(
         group["lr"] = rate
     optimiser.step()
     return values
+
+
+def replays(attack: Attack) -> int:
+    """How often each batch is gone through."""
+    return attack.replay if isinstance(attack, Free) else 1
 
 
 def mix(seed: int, step: int) -> int:

@@ -12,11 +12,14 @@ from advtune.attacks.autoattack import AutoAttack
 from advtune.attacks.cw_l2 import CWL2
 from advtune.attacks.fab import FAB
 from advtune.attacks.fgsm import FGSM
+from advtune.attacks.free import Free, Replay
 from advtune.attacks.gradients import Defended
+from advtune.attacks.n_fgsm import NFGSM
 from advtune.attacks.noise import Noise
 from advtune.attacks.pgd import PGD, PGD2
 from advtune.attacks.square import Square
 from advtune.attacks.transfer import Transfer
+from advtune.errors import UserError
 
 __all__ = [
     "APGD",
@@ -24,14 +27,19 @@ __all__ = [
     "CWL2",
     "FAB",
     "FGSM",
+    "NFGSM",
     "PGD",
     "PGD2",
+    "TRAINING",
     "Attack",
     "AutoAttack",
     "Defended",
+    "Free",
     "Noise",
+    "Replay",
     "Square",
     "Transfer",
+    "check_measures",
 ]
 
 
@@ -72,3 +80,11 @@ ATTACKS: dict[str, Any] = {
     "noise": Noise(),
     "autoattack": AutoAttack(),
 }
+# What `-a name=NAME` of `advtune train` takes; the others than pgd are only to tune on.
+TRAINING: dict[str, Any] = {"pgd": PGD, "n-fgsm": NFGSM, "free": Free}
+
+
+def check_measures(name: str) -> None:
+    """Raises UserError for the name of an attack that is only to tune on: what it leaves standing means nothing."""
+    if name in TRAINING and name not in ATTACKS:
+        raise UserError(f"{name} is only to tune on, with -a name={name}; measure with --attack pgd or autoattack")

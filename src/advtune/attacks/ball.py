@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,9 +59,17 @@ def ascent(slope: Tensor, norm: str) -> Tensor:
 def project(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest images to z in the ball around x, then clipped to [0, 1], which only brings them nearer to x."""
     if norm == "linf":
-        return torch.minimum(torch.maximum(z, x - eps), x + eps).clamp(0, 1)
+        return torch.clamp(z, x - eps, x + eps).clamp_(0, 1)  # one pass less over the pixels, the same bits
     d = z - x
     return (x + d * wide((eps / (distance(d, norm) + TINY)).clamp(max=1))).clamp(0, 1)
+
+
+def projection(x: Tensor, eps: float, norm: str) -> Callable[[Tensor], Tensor]:
+    """`project` into one ball, for many steps: z -> the nearest image; the walls are computed once."""
+    if norm != "linf":
+        return lambda z: project(z, x, eps, norm)
+    low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
+    return lambda z: torch.clamp(z, low, high)
 
 
 def image_seeds(x: Tensor) -> list[int]:

@@ -16,6 +16,7 @@ from advtune.attacks.ball import (
     image_seeds,
     norm_option,
     project,
+    projection,
     random_point,
     wide,
 )
@@ -112,9 +113,10 @@ class PGD:
     def _rush(self, f: Function, x: Tensor, target: Tensor, loss: Loss) -> Tensor:
         """The last iterate, without a look back."""
         z = random_point(x, self.eps, self.norm, torch.rand_like(x)) if self.random_start else x
+        into = projection(x, self.eps, self.norm)
         for _ in range(self.steps):
             slope = gradient(f, z, target, loss, eot=self.eot, bpda=self.bpda)[0]
-            z = project(z + self.step * ascent(slope, self.norm), x, self.eps, self.norm)
+            z = into(z + self.step * ascent(slope, self.norm))
         return z
 
     def _climb(self, f: Function, z: Tensor, x: Tensor, y: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -123,10 +125,13 @@ class PGD:
         live, leaving = torch.arange(len(x), device=x.device), Leaving(x.device)
         for step in range(self.steps + 1):
             last = step == self.steps
+            if last and self.keep == "last" and self.restarts == 1:  # it is returned, however high
+                best[live] = torch.where(wide(height[live] == torch.inf), best[live], z)
+                break
             slope, each, logits = gradient(f, z, target, loss, not last, self.eot, self.bpda)
             fooled = logits.argmax(1) != y if self.leave else torch.zeros_like(each) > 0
             each = torch.where(fooled, torch.inf, each)
-            better = fooled | (each > height[live]) | ((height[live] != torch.inf) & (self.keep == "last"))
+            better = (height[live] != torch.inf) & (fooled | (each > height[live]) | (self.keep == "last"))
             best[live] = torch.where(wide(better), z, best[live])
             height[live] = torch.where(better, each, height[live])
             if last:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from advtune.attacks import PGD
+from advtune.attacks import PGD, TRAINING, Attack, Free
 from advtune.data import Task
 from advtune.errors import UserError, near
 from advtune.methods.advmaple import AdvMaPLe
@@ -28,7 +28,7 @@ from advtune.methods.tecoa import TeCoA
 from advtune.methods.tga_zsr import TGAZSR
 from advtune.methods.vpt import VPT
 from advtune.methods.zero_shot import ZeroShot
-from advtune.options import fill, fill_many
+from advtune.options import fill, fill_many, pairs
 from advtune.recipe import Recipe
 from advtune.vlm import VLM, Batch
 
@@ -50,7 +50,7 @@ class Method(Protocol):
         """The models by name; `student` is the result, and what requires a gradient is what learns."""
         ...
 
-    def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
+    def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         """Weighted terms; their sum is minimised. Reads like the paper's equation."""
         ...
 
@@ -79,29 +79,67 @@ METHODS: dict[str, type[Any]] = {
 
 def configure(
     name: str, options: Sequence[str] | Mapping[str, Any] = (), attack: Sequence[str] | Mapping[str, Any] = ()
-) -> tuple[Method, Recipe, PGD]:
+) -> tuple[Method, Recipe, Attack]:
     """A method with its recipe and training attack, from `key=value` options (or a mapping).
 
-    Options fill the method's fields first, then the recipe's. A preset is applied before the other options.
-    Raises UserError for an unknown method, key or value.
+    Options fill the method's fields first, then the recipe's. A preset is applied before the other options. The
+    attack's `name` chooses among TRAINING (default: the paper's PGD). Raises UserError for an unknown method, key or
+    value, and for what does not go together.
     """
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; {near(name, METHODS)}")
     what, method = f"method {name}", METHODS[name]()
     options = [options] if isinstance(options, str) else options
     if isinstance(options, Mapping):
-        pairs: Any = dict(options)
-        preset = pairs.pop("preset", None)
+        given: Any = dict(options)
+        preset = given.pop("preset", None)
     else:
         named = [p for p in options if p.partition("=")[0].strip() == "preset"]
-        pairs = [p for p in options if p not in named]
+        given = [p for p in options if p not in named]
         preset = named[-1].partition("=")[2].strip() if named else None
     if preset is not None:
         presets: Mapping[str, Mapping[str, Any]] = getattr(method, "presets", {})
         if not isinstance(preset, str) or preset not in presets:
             raise UserError(f"{what} has no preset {preset!r}; {near(preset, presets)}")
         method = fill(method, presets[preset], what)
-    method, recipe = fill_many([method, method.recipe], pairs, what)
+    method, recipe = fill_many([method, method.recipe], given, what)
     if attack and not method.attack.eps:
         raise UserError(f"{what} tunes on clean images; it takes no training attack (-a)")
-    return method, recipe, fill(method.attack, attack, f"training attack of {name}")
+    chosen = training_attack(name, method, attack)
+    check_together(name, method, recipe, chosen)
+    return method, recipe, chosen
+
+
+def training_attack(name: str, method: Method, given: Sequence[str] | Mapping[str, Any]) -> Attack:
+    """The paper's PGD with the given fields, or the attack that `name` among them chooses, at the paper's eps."""
+    what = f"training attack of {name}"
+    fields = pairs(given, what)
+    kind = fields.pop("name", "pgd")
+    if not isinstance(kind, str) or kind not in TRAINING:
+        raise UserError(f"{what}: unknown name {kind!r}; {near(kind, TRAINING)}")
+    start = method.attack if kind == "pgd" else TRAINING[kind](eps=method.attack.eps)
+    filled: Attack = fill(start, fields, what)
+    return filled
+
+
+def check_together(name: str, method: Method, recipe: Recipe, attack: Attack) -> None:
+    """Raises UserError for a training attack that a method or its recipe leaves no room for."""
+    if isinstance(attack, PGD):
+        return
+    attacker = getattr(method, "attacker", "")
+    if attacker == "perturbed":
+        raise UserError(f"method {name}: attacker=perturbed takes steps of its own; tune with -a name=pgd")
+    if not isinstance(attack, Free):
+        return
+    reasons = {
+        "its adversarial images are made once, before tuning": name == "advpt",
+        f"attacker={attacker} attacks another function than the one that is tuned": attacker == "constant",
+        "it has a phase without adversarial images": getattr(method, "cycles", 1) > 1,
+    }
+    for reason in (each for each, true in reasons.items() if true):
+        raise UserError(f"method {name}: {reason}: there is nothing to replay; tune with -a name=pgd")
+    if recipe.epochs < attack.replay:
+        raise UserError(
+            f"method {name}: epochs={recipe.epochs} / replay={attack.replay} leaves images unseen; "
+            f"write epochs={attack.replay} or more"
+        )

@@ -137,7 +137,7 @@ def _training(paper: Mapping[str, Any], row: Row, train: Mapping[str, Any]) -> l
     if kind := METHODS.get(row.method):
         usual, own = as_options(kind()) | as_options(kind.recipe), row.options | row.recipe
         facts += _unusual("options", own, usual, paper["recipe"], "the method's defaults")
-        usual = _as_used(kind.attack, attack)
+        usual = {"name": kind.attack.name} | _as_used(kind.attack, attack)
         facts += _unusual("training attack options", attack, usual, told, "the method's defaults")
     if row.reconstructed:
         facts.append(_fact("reconstructed by us", ", ".join(row.reconstructed), "not public"))

@@ -12,6 +12,7 @@ from advtune.results import Row, mean_and_spread, wilson
 K = TypeVar("K")
 V = TypeVar("V")
 BLIND = 0.10  # share of exactly-zero input gradients above which an attack may have seen nothing
+KIND = "train.attack.name"
 TRAINED_ON = ("train.name", "train.part", "train.shots")  # with the method, columns of their own
 VARIES = ("seed", "n", "sha256", "skipped")  # of a split: what a seed changes
 
@@ -156,6 +157,8 @@ def _differences(groups: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
                 others = trained
             elif key.startswith(("options", "recipe", "train.attack")):
                 others = peers
+                if key.startswith("train.attack.") and key != KIND:  # the fields of another attack say nothing
+                    others = [each for each in peers if each.get(KIND) == own.get(KIND)]
             elif key.startswith("train"):
                 others = same_set
             if any(each.get(key) != value for each in others):
