@@ -412,7 +412,7 @@ def test_the_command(tmp_path, capsys) -> None:
     assert "test sets 1 of 11: caltech101 (paper: average of 11)" in text
     assert main(["report", "--against", "agft", "--out", str(tmp_path / "t.md")]) == 0, "no rows of ours are needed"
     assert "| agft | under pgd 20 steps step 1/255 | 61.35 | 46.57 | not run" in (tmp_path / "t.md").read_text()
-    for arguments, said in ((["--against", "x"], "known papers: agft, apd, apt"), ([], "--against fap")):
+    for arguments, said in ((["--against", "x"], "'x'; known: agft, apd, apt"), ([], "--against fap")):
         assert main(["report", *arguments]) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1

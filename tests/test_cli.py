@@ -142,7 +142,10 @@ def test_list(what, capsys):
 
 
 REFUSED = {
-    "unknown method": (["train", "cpat", "--out", "OUT"], "unknown method 'cpat'; known: zero-shot, tecoa"),
+    "unknown method": (
+        ["train", "cpat", "--out", "OUT"],
+        "unknown method 'cpat'; did you mean capt? known: zero-shot, tecoa",
+    ),
     "nothing to train": (["train", "zero-shot", "--out", "OUT"], "zero-shot trains nothing"),
     "unknown key": (["train", "capt", "-o", "lambda=1", "--out", "OUT"], "lam"),
     "wrong type": (["train", "capt", "-o", "depth=deep", "--out", "OUT"], "depth"),

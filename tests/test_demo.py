@@ -6,6 +6,7 @@ import pytest
 
 import advtune
 from advtune import demo
+from advtune.cli import main
 from advtune.results import read
 
 
@@ -15,7 +16,7 @@ def test_demo_writes_what_it_promises(clip_folder, image_folder, tmp_path, monke
     monkeypatch.setattr(demo, "SHOTS", 2)
     monkeypatch.setattr(demo, "ENTRIES", tuple(demo.Entry(e.method, 1, e.options) for e in demo.ENTRIES))
     for _ in range(2):  # a second demo replaces the first
-        demo.run(tmp_path / "demo")
+        assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     table = capsys.readouterr().out
     report = (tmp_path / "demo" / "report.md").read_text()
     for method in ("zero-shot", "tecoa", "pmg-aft", "capt", "apd"):

@@ -6,8 +6,21 @@ import argparse
 from typing import Any
 
 import advtune
+from advtune.parsing import Parser
 
 DESCRIPTION = "Adversarially robust tuning of CLIP-style models, and evaluation that can be believed."
+START = f"""\
+advtune {advtune.__version__}: {DESCRIPTION[0].lower()}{DESCRIPTION[1:]}
+
+three commands to try, offline, on what is in the package:
+  advtune evaluate zero-shot --data fashion-mnist-mini --limit 100 --attack pgd -a eps=1/255 -a steps=10
+                          how often an untuned model is right, and how often under attack
+  advtune demo            four methods tuned, attacked and set side by side, in minutes
+  advtune list methods    what can be tuned, with every option
+
+verbs: {{}}
+what one of them takes: advtune VERB --help
+"""
 EPILOG = """\
 a first run, offline, on what is in the package:
   advtune train capt --data fashion-mnist-mini --shots 16 --epochs 5 --out runs/capt
@@ -36,6 +49,11 @@ a study as a file, to keep; flags lie over what it says:
   eps = ["1/255", "4/255"]
   steps = 100
 """
+COMPLETION = """\
+  bash:  advtune completion bash > ~/.local/share/bash-completion/completions/advtune
+  zsh:   advtune completion zsh > "${fpath[1]}/_advtune"
+  fish:  advtune completion fish > ~/.config/fish/completions/advtune.fish
+"""
 DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
 BACKBONE_HELP = (
     "mini, a folder in Hugging Face CLIP format, a hub id (openai/clip-vit-base-patch32), or a run folder "
@@ -43,9 +61,9 @@ BACKBONE_HELP = (
 )
 
 
-def build() -> argparse.ArgumentParser:
+def build() -> Parser:
     """The parser; `args.verb` names the verb."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="advtune",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -62,6 +80,7 @@ def build() -> argparse.ArgumentParser:
     _export(verbs)
     _list(verbs)
     _demo(verbs)
+    _completion(verbs)
     return parser
 
 
@@ -77,6 +96,8 @@ def _train(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same bits")
     p.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
+    p.add_argument("--tensorboard", metavar="DIR", help="also write the curves of the loss terms there")
+    p.add_argument("--json", action="store_true", help="print the run, its settings and last losses as JSON")
     _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3; another attack: -a name=n-fgsm, name=free")
     p.set_defaults(verb="train")
 
@@ -167,7 +188,9 @@ def _report(verbs: Any) -> None:
     )
     p.add_argument("dirs", nargs="*", metavar="DIR", help="run folders, folders of run folders, or results.jsonl")
     p.add_argument("--against", metavar="PAPER", help="a paper's published numbers beside ours, and what differs: fap")
-    p.add_argument("--format", default="markdown", choices=("markdown", "csv", "latex", "json", "html"))
+    p.add_argument("--format", choices=("markdown", "csv", "latex", "json", "html"),
+                   help="default: tables on a terminal, else markdown")  # fmt: skip
+    p.add_argument("--json", action="store_const", dest="format", const="json", help="the same as --format json")
     p.add_argument("--out", metavar="FILE", help="write there instead of printing")
     p.add_argument("--figures", metavar="FOLDER", help="write the figures there, too, as .pdf and .png")
     p.add_argument("--no-gallery", dest="gallery", action="store_false", help="a page without attacked images")
@@ -182,7 +205,7 @@ def _compare(verbs: Any) -> None:
     )
     for side in ("first", "second"):
         p.add_argument(side, metavar="DIR", help=f"run folder, folder of one method's seeds, or results.jsonl ({side})")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print the comparisons as JSON")
     p.set_defaults(verb="compare")
 
 
@@ -232,7 +255,7 @@ def _model(p: argparse.ArgumentParser) -> None:
 def _list(verbs: Any) -> None:
     p = verbs.add_parser("list", help="what there is: methods, attacks, data, backbones", description="What there is.")
     p.add_argument("what", choices=("methods", "attacks", "data", "backbones"))
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print all that is known of them as JSON")
     p.set_defaults(verb="list")
 
 
@@ -243,5 +266,18 @@ def _demo(verbs: Any) -> None:
         description="Tune the embedded backbone with TeCoA, PMG-AFT, CAPT and APD, attack it, show a table.",
     )
     p.add_argument("--out", default="runs/demo", metavar="DIR", help="folder to write (default runs/demo)")
-    p.add_argument("--seed", type=int, default=0, metavar="S")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of shots and prompts (default 0)")
+    p.add_argument("--json", action="store_true", help="print the rows as JSON")
     p.set_defaults(verb="demo")
+
+
+def _completion(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "completion",
+        help="the script that completes commands in your shell",
+        description="Print a script that completes verbs, options and names. Load it in each new shell:",
+        epilog=COMPLETION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("shell", choices=("bash", "zsh", "fish"))
+    p.set_defaults(verb="completion")

@@ -15,6 +15,7 @@ from torch import Tensor
 from advtune import runs
 from advtune.errors import UserError
 from advtune.results import write_atomic
+from advtune.tensorboard import Board
 
 SECONDS = 30  # between two checkpoints
 CHECKPOINT = "checkpoint.pt"
@@ -76,11 +77,17 @@ def same(folder: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: was started with other settings ({other}); resume with the same, or --overwrite")
 
 
-class Log:
-    """train.jsonl and the checkpoint; does nothing without a folder."""
+def summary(folder: Path) -> dict[str, Any]:
+    """A finished run for a program: where it is, its config.json, the last line of its train.jsonl."""
+    lines = (folder / runs.LOG).read_text().splitlines()
+    return {"run": str(folder), "config": runs.read_config(folder), "last": json.loads(lines[-1]) if lines else None}
 
-    def __init__(self, folder: Path | None, config: Mapping[str, Any], resume: bool):
-        self.folder, self.saved = folder, 0.0
+
+class Log:
+    """train.jsonl and the checkpoint, which need a folder, and the curves of a board, if there is one."""
+
+    def __init__(self, folder: Path | None, config: Mapping[str, Any], resume: bool, board: Board | None = None):
+        self.folder, self.saved, self.board = folder, 0.0, board
         self.resume = resume and folder is not None and (folder / runs.CONFIG).is_file()
         if folder is None:
             return
@@ -94,6 +101,8 @@ class Log:
     def restore(self, learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
         """Load the checkpoint, if there is one; the step to go on with."""
         if self.folder is None:
+            if self.board:
+                self.board.open(0)
             return 0
         first, lines, path = 0, list[str](), self.folder / CHECKPOINT
         if self.resume and path.is_file():
@@ -107,10 +116,14 @@ class Log:
             lines = (self.folder / runs.LOG).read_text().splitlines(keepends=True)[:first]
         write_atomic(self.folder / runs.LOG, "".join(lines))
         self.stream = (self.folder / runs.LOG).open("a")
+        if self.board:
+            self.board.open(first, lines)
         return first
 
     def step(self, line: dict[str, Any], learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
         """Append one line; every SECONDS, save what is needed to go on."""
+        if self.board:
+            self.board.step(line)
         if self.folder is None:
             return
         self.stream.write(json.dumps(line) + "\n")
@@ -119,6 +132,8 @@ class Log:
             return
         self.saved = now
         self.stream.flush()
+        if self.board:
+            self.board.flush()
         state = {"format": FORMAT, "step": line["step"] + 1, "learning": {k: v.detach() for k, v in learning.items()}}
         beside = self.folder / "checkpoint.tmp"
         torch.save({**state, "optimiser": optimiser.state_dict()}, beside)
@@ -126,6 +141,8 @@ class Log:
 
     def close(self, drop: bool = False) -> None:
         """Close the log; with `drop`, remove the folder: there is nothing to go on with."""
+        if self.board:
+            self.board.close(drop)
         if self.folder is not None:
             self.stream.close()
             if drop:

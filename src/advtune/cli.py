@@ -13,14 +13,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from advtune.arguments import build
-from advtune.errors import UserError
+from advtune.arguments import START, build
+from advtune.errors import UserError, near, suggest
+from advtune.parsing import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 when done, 1 when a run of a study failed or an image was unreadable, 2 on bad input (one line
-    on stderr), 130 when interrupted."""
-    args = build().parse_args(arguments)
+    on stderr), 130 when interrupted. Without a verb it says how to begin."""
+    given, parser = sys.argv[1:] if arguments is None else list(arguments), build()
+    if not given:
+        print(START.format(", ".join(parser.verbs())), end="")
+        return 0
+    args = parse(parser, given)
     warnings.showwarning = _show_warning
     try:
         return VERBS[args.verb](args) or 0
@@ -48,10 +53,13 @@ def train(args: argparse.Namespace) -> None:
     training.tune(
         args.method, backbone, task, shots=args.shots, seed=args.seed, epochs=args.epochs,
         options=args.options, attack=args.attack_options, out=args.out,
-        resume=args.resume, overwrite=args.overwrite, **how,
+        resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard, **how,
     )  # fmt: skip
     follow = shlex.join(["advtune", "evaluate", args.out, "--data", args.data, "--attack", "pgd"])
     follow += " -a eps=1/255 -a steps=100" + (f" --subset {args.subset}" if args.subset != "all" else "")
+    if args.json:
+        print(json.dumps(checkpoint.summary(Path(args.out)) | {"next": follow}))
+        return
     print(f"{args.out}: tuned; next: {follow}")
 
 
@@ -60,10 +68,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from advtune.defences import DEFENCES
     from advtune.evaluation import evaluate_all
     from advtune.methods import METHODS
+    from advtune.terminal import evaluated
 
     attacks = _attacks(args)
     if args.defence is not None and args.defence not in DEFENCES:
-        raise UserError(f"unknown defence {args.defence!r}; known: {', '.join(DEFENCES)}")
+        raise UserError(f"unknown defence {args.defence!r}; {near(args.defence, DEFENCES)}")
     name = args.model
     if name == "zero-shot":
         name = args.backbone or "mini"
@@ -72,7 +81,9 @@ def evaluate(args: argparse.Namespace) -> None:
     elif args.backbone:
         raise UserError("--backbone goes with zero-shot; a run folder knows its own")
     elif not runs.is_run(name):
-        raise UserError(f"{name}: not a finished run folder (config.json and delta.safetensors), and not zero-shot")
+        hint = suggest(name, ["zero-shot", *(str(p) for p in Path(name).parent.glob("*") if runs.is_run(p))])
+        what = "not a finished run folder (config.json and delta.safetensors), and not zero-shot"
+        raise UserError(f"{name}: {what}; {hint}".rstrip("; "))
     out = Path(args.out) if args.out else (Path(args.model) if args.model != "zero-shot" else None)
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give --out a folder")
@@ -84,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print("\n".join(row.to_json() for row in rows))
         return
-    print("\n".join([sentence(row) for row in rows] + remarks(rows)))
+    evaluated(rows)
 
 
 def _attacks(args: argparse.Namespace) -> list[Any]:
@@ -101,7 +112,7 @@ def _attacks(args: argparse.Namespace) -> list[Any]:
         raise UserError("transfer: name the attack, and with --source DIR the model to make the images on")
     check_measures(args.attack)
     if args.attack not in ATTACKS:
-        raise UserError(f"unknown attack {args.attack!r}; known: {', '.join(ATTACKS)}")
+        raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, ATTACKS)}")
     rest = [option for option in args.attack_options if not option.replace(" ", "").startswith("eps=")]
     given = [option.partition("=")[2].split(",") for option in args.attack_options if option not in rest]
     if len(given) != 1 or len(given[0]) == 1:
@@ -133,42 +144,6 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
     )
 
 
-def sentence(row: Any) -> str:
-    """A row as a few lines for a person."""
-    from advtune.report.table import BLIND, pixels
-    from advtune.rows import WHITE_BOX
-
-    def percent(a: dict[str, Any]) -> str:
-        return f"{100 * a['accuracy']:5.1f} %  [{100 * a['low']:.1f}, {100 * a['high']:.1f}]  n={a['n']}"
-
-    subset = "" if row.data["subset"] == "all" else f"{row.data['subset']} classes, "
-    lines = [f"{row.method} on {row.data['name']} ({subset}{row.data['part']}): clean  {percent(row.clean)}"]
-    if row.robust is not None:
-        steps = f" steps={row.attack['steps']}" if "steps" in row.attack else ""
-        facts = f"{row.attack['name']} {row.attack['norm']} eps={pixels(row.attack['eps'])}{steps}"
-        lines.append(f"robust under {facts}: {percent(row.robust)}")
-    if row.threat and row.threat != WHITE_BOX:
-        lines.append(f"  {row.threat}")
-    if len(row.stages) > 1:
-        lines.append("  " + ", ".join(f"{s['attack']}: {s['fell']} of {s['attacked']} fell" for s in row.stages))
-    if row.checks:
-        alarms = [each for each in row.checks if each["alarm"]]
-        lines.append(f"checks: {len(row.checks)} made, {len(alarms) or 'no'} alarm{'s' if len(alarms) != 1 else ''}")
-        lines += [f"  ALARM {each['name']}: {each['text']} (n={each['n']})" for each in alarms]
-    elif row.zero_gradient and row.zero_gradient["share"] > BLIND:
-        share = 100 * row.zero_gradient["share"]
-        lines.append(
-            f"WARNING: {share:.0f} % of the input gradients are exactly zero: the attack may have seen nothing"
-        )
-    return "\n".join(lines)
-
-
-def remarks(rows: Sequence[Any]) -> list[str]:
-    """What a reader of these rows should know, each once."""
-    notes = [note for row in rows for note in [*row.notes, row.backbone.get("notice")] if note]
-    return [f"note: {note}" for note in dict.fromkeys(notes)]
-
-
 def study(args: argparse.Namespace) -> int:
     from advtune.study import FILE, from_flags, plan, run_study
 
@@ -184,12 +159,14 @@ def study(args: argparse.Namespace) -> int:
         asked, args.out, extend=args.extend, device=args.device, precision=args.precision, batch_size=args.batch_size
     )
     if args.json:
-        print("\n".join(row.to_json() for row in outcome.rows))
+        print("".join(f"{row.to_json()}\n" for row in outcome.rows), end="")
     elif outcome.rows:
         from advtune.report import render
+        from advtune.terminal import page
 
         text = re.sub(r"\n*<details>.*?</details>", "", render(outcome.rows, "markdown"), flags=re.DOTALL)
-        print(f"{text}\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
+        page(text)
+        print(f"\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
         if asked.paper:
             print(f"Beside the paper's: {shlex.join(['advtune', 'report', '--against', asked.paper, args.out])}")
     way = (
@@ -208,6 +185,7 @@ def report(args: argparse.Namespace) -> None:
     from advtune.report import render, render_against
     from advtune.report.found import gather
     from advtune.results import write_atomic
+    from advtune.terminal import page as show
 
     if not args.dirs and not args.against:
         raise UserError("report: name run folders, or a paper to hold them against: --against fap")
@@ -228,9 +206,12 @@ def report(args: argparse.Namespace) -> None:
 
         text = page(rows, folders, gallery=args.gallery)
     else:
-        text = render_against(rows, args.against, args.format) if args.against else render(rows, args.format)
+        format = args.format or "markdown"
+        text = render_against(rows, args.against, format) if args.against else render(rows, format)
     if args.out:
         write_atomic(args.out, text)
+    elif args.format is None:
+        show(text)
     else:
         print(text, end="" if text.endswith("\n") else "\n")
 
@@ -247,9 +228,13 @@ def compare(args: argparse.Namespace) -> None:
     from advtune.comparison import compare as run
     from advtune.comparison import render
     from advtune.results import read
+    from advtune.terminal import page
 
     found = run(*(read(*_rows_in(Path(side))) for side in (args.first, args.second)))
-    print(json.dumps(found, indent=1) if args.json else render(found), end="\n" if args.json else "")
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        page(render(found))
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -280,20 +265,33 @@ def list_(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts, indent=1))
         return
-    from advtune.listing import show
+    from advtune.terminal import listed
 
-    show(args.what, facts)
+    listed(args.what, facts)
 
 
 def demo(args: argparse.Namespace) -> None:
     from advtune.demo import run
+    from advtune.report import render
+    from advtune.terminal import page
 
-    run(Path(args.out), args.seed)
+    out, rows = Path(args.out), run(Path(args.out), args.seed)
+    if args.json:
+        print("".join(f"{row.to_json()}\n" for row in rows), end="")
+        return
+    page(render(rows, "markdown").partition("<details>")[0].rstrip())  # every setting is in the report
+    print(f"\nwritten: {out / 'report.md'} and {out / 'clean-robust.png'}")
+
+
+def completion(args: argparse.Namespace) -> None:
+    from advtune.completion import script
+
+    print(script(args.shell), end="")
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": train, "evaluate": evaluate, "study": study, "report": report, "compare": compare,
-    "predict": predict, "export": export, "list": list_, "demo": demo,
+    "predict": predict, "export": export, "list": list_, "demo": demo, "completion": completion,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from advtune.attacks import PGD
 from advtune.data import load_task
 from advtune.evaluation import evaluate
 from advtune.report import render, scatter
-from advtune.results import append, write_atomic
+from advtune.results import Row, append, write_atomic
 from advtune.train import tune
 
 BACKBONE, DATA, SHOTS = "mini", "fashion-mnist-mini", 16
@@ -38,8 +38,8 @@ ENTRIES = (
 )
 
 
-def run(out: Path, seed: int = 0) -> None:
-    """Tune, evaluate, and write OUT/report.md with clean-robust.png; prints the table."""
+def run(out: Path, seed: int = 0) -> list[Row]:
+    """Tune, evaluate, and write OUT/report.md with clean-robust.png; the rows."""
     task = load_task(DATA)
     clip = runs.load(BACKBONE)
     rows = []
@@ -65,5 +65,4 @@ def run(out: Path, seed: int = 0) -> None:
         "It is a small stand-in: read these numbers as a demonstration, not as results of CLIP.\n\n"
     )
     write_atomic(out / "report.md", f"{intro}{table}\n\n![clean against robust accuracy](clean-robust.png)\n")
-    print(table.partition("<details>")[0].rstrip())  # every setting is in the report
-    print(f"\nwritten: {out / 'report.md'} and {out / 'clean-robust.png'}")
+    return rows

@@ -14,6 +14,13 @@ HUB_BACKBONES = {
     "openai/clip-vit-large-patch14-336": "ViT-L/14 at 336",
 }
 
+END = {
+    "methods": "† reconstructed: no public source gives it; our choice, see docs/log.md",
+    "attacks": "transfer: any of these but autoattack, with --source MODEL: the images are made on that model",
+    "data": "* not yet loaded from the hub by us: `advtune list data --json` says what is taken on trust",
+}
+FASTER = "to tune faster, in place of the method's training attack: -a name=NAME, at its eps"
+
 
 def listing(what: str) -> list[dict[str, Any]]:
     """The known methods, attacks, data sets or backbones, JSON-ready."""
@@ -64,6 +71,34 @@ def _backbones() -> list[dict[str, Any]]:
     return [embedded, *hub, local]
 
 
+def training() -> list[dict[str, Any]]:
+    """The attacks that stand in for a paper's when it takes too long."""
+    from advtune.attacks import ATTACKS, TRAINING
+
+    return [
+        {"name": name, "about": (kind.__doc__ or "").strip().splitlines()[0], "options": describe(kind)}
+        for name, kind in TRAINING.items()
+        if name not in ATTACKS
+    ]
+
+
+def source(fact: dict[str, Any]) -> str:
+    """Where the images of a set come from; * when nobody has tried."""
+    where = "the package" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
+    where += ", or CoOp's split file with its images" if fact["coop"] else ""
+    return where + (" *" if fact["unverified"] else "")
+
+
+def recipes(fact: dict[str, Any]) -> list[tuple[str, str]]:
+    """A method's recipe and training attack, each with its values; nothing for what does not train."""
+    found = []
+    for kind, title in (("recipe", "recipe"), ("attack", "training attack")):
+        if fact.get(kind) and fact["trains"] != "nothing":
+            values = ", ".join(f"{option['name']}={shown(option['name'], option['default'])}" for option in fact[kind])
+            found.append((title, "none; it tunes on clean images" if values.startswith("eps=0,") else values))
+    return found
+
+
 def show(what: str, facts: list[dict[str, Any]]) -> None:
     """Print a listing for a person."""
     from rich.console import Console
@@ -71,12 +106,9 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     if what == "data":
         for fact in facts:
-            where = "the package" if fact["embedded"] else fact["hub"] or "your own copy (ADVTUNE_DATA)"
-            where += ", or CoOp's split file with its images" if fact["coop"] else ""
-            line = f"{fact['title']}, {len(fact['classes'])} classes, from {where}{' *' if fact['unverified'] else ''}"
+            line = f"{fact['title']}, {len(fact['classes'])} classes, from {source(fact)}"
             console.print(f"[bold]{fact['name']}[/]  {line}", soft_wrap=True)
-        trust = "* not yet loaded from the hub by us: `advtune list data --json` says what is taken on trust"
-        console.print(trust, soft_wrap=True)
+        console.print(END["data"], soft_wrap=True)
     elif what == "backbones":
         for fact in facts:
             console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})")
@@ -84,24 +116,16 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
         for fact in facts:
             _show_options(console, fact)
     if what == "attacks":
-        console.print(
-            "transfer: any of these but autoattack, with --source MODEL: the images are made on that model",
-            soft_wrap=True,
-        )
+        console.print(END["attacks"], soft_wrap=True)
     if what == "methods":
         _show_training(console)
-        console.print("† reconstructed: no public source gives it; our choice, see docs/log.md")
+        console.print(END["methods"])
 
 
 def _show_training(console: Any) -> None:
-    """The attacks that stand in for a paper's when it takes too long."""
-    from advtune.attacks import ATTACKS, TRAINING
-
-    console.print("to tune faster, in place of the method's training attack: -a name=NAME, at its eps\n")
-    for name, kind in TRAINING.items():
-        if name not in ATTACKS:
-            about = (kind.__doc__ or "").strip().splitlines()[0]
-            _show_options(console, {"name": name, "about": about, "options": describe(kind)})
+    console.print(f"{FASTER}\n")
+    for fact in training():
+        _show_options(console, fact)
 
 
 def _show_options(console: Any, fact: dict[str, Any]) -> None:
@@ -117,12 +141,8 @@ def _show_options(console: Any, fact: dict[str, Any]) -> None:
         default = shown(option["name"], option["default"])
         line = f"    {option['name']}{mark}={default}{choices}: {option['help']}"
         console.print(line, markup=False, soft_wrap=True)
-    for kind, title in (("recipe", "recipe"), ("attack", "training attack")):
-        if fact.get(kind) and fact["trains"] != "nothing":
-            values = ", ".join(f"{option['name']}={shown(option['name'], option['default'])}" for option in fact[kind])
-            if values.startswith("eps=0,"):
-                values = "none; it tunes on clean images"
-            console.print(f"    {title}: {values}", markup=False, soft_wrap=True)
+    for title, values in recipes(fact):
+        console.print(f"    {title}: {values}", markup=False, soft_wrap=True)
     console.print()
 
 

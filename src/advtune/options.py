@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -11,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, Union
 
-from advtune.errors import UserError
+from advtune.errors import UserError, near, suggest
 
 T = TypeVar("T")
 
@@ -163,10 +162,7 @@ def pairs(given: Iterable[str] | Mapping[str, Any], what: str) -> dict[str, Any]
 
 
 def _unknown(key: str, known: list[str], what: str) -> str:
-    near = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    listed = f"known: {', '.join(dict.fromkeys(known))}" if known else "it has no options"
-    return f"{what}: no option {_shown(key)}; {hint}{listed}"
+    return f"{what}: no option {_shown(key)}; {near(key, known) if known else 'it has no options'}"
 
 
 def _fields(thing: Any) -> dict[str, dataclasses.Field[Any]]:
@@ -214,7 +210,9 @@ def _allowed(item: Any, facts: Mapping[str, Any], label: str) -> None:
     """Raises UserError for an item outside its field's choices, bounds or the range of pixels."""
     choices, low, high = (facts.get(key) for key in ("choices", "low", "high"))
     if choices and item not in choices:
-        raise UserError(f"{label}={_shown(item)} is not one of {', '.join(map(str, choices))}")
+        listed = list(map(str, choices))
+        text = f"{label}={_shown(item)} is not one of {', '.join(listed)}; {suggest(item, listed)}"
+        raise UserError(text.rstrip("; "))
     if facts.get("pixel"):
         _pixel(item, label)
     if low is not None and item < low:

@@ -22,6 +22,7 @@ from advtune.options import as_options, describe
 from advtune.progress import progress
 from advtune.recipe import Recipe
 from advtune.rows import attack_facts
+from advtune.tensorboard import board
 from advtune.vlm import VLM, Batch
 
 Options = Sequence[str] | Mapping[str, Any]
@@ -116,6 +117,7 @@ def tune(
     on_bad: str = "fail",
     resume: bool = False,
     overwrite: bool = False,
+    tensorboard: str | Path | None = None,
     show: bool = True,
 ) -> VLM:
     """Tune a backbone with a method on labelled images; the tuned model, which `evaluate` takes.
@@ -123,7 +125,8 @@ def tune(
     options and attack: `key=value` texts or a mapping, for the method's and recipe's fields and for the
     training attack's, whose `name` is pgd, n-fgsm or free. shots: images a class, none for all. With `out`, a run
     folder is written; while it is being made it is called OUT.partial, and `resume` goes on from there to the same
-    bits. Raises UserError on bad input, before anything is written, and on a loss or result that is not finite.
+    bits. tensorboard: a folder for the run's curves. Raises UserError on bad input, before anything is written, and
+    on a loss or result that is not finite.
     """
     check_seed(seed)
     options = [options] if isinstance(options, str) else options
@@ -134,6 +137,7 @@ def tune(
         raise UserError("zero-shot trains nothing; use: advtune evaluate zero-shot")
     out = None if out is None else Path(out)
     partial = None if out is None else claim(out, resume, overwrite)
+    curves = None if tensorboard is None else board(tensorboard, resume, overwrite)
     model = runs.load(backbone) if isinstance(backbone, str) else backbone
     if out is not None and model.run and not model.run.get("folder"):
         raise UserError("the backbone was tuned in memory; tune it with out=DIR, so that this run can find it again")
@@ -150,7 +154,7 @@ def tune(
     if out is not None and partial is not None and resume and runs.is_run(out) and not partial.exists():
         same(out, config)
         return runs.load(str(out), str(model.device), model.precision, bool(model.compiled))
-    student = fit(plan, models, tokens, images, Log(partial, config, resume), show)
+    student = fit(plan, models, tokens, images, Log(partial, config, resume, curves), show)
     if out is not None and partial is not None:
         runs.write_run(partial, student, config, images.hashes)
         finish(partial, out)

@@ -1,6 +1,5 @@
 """A task is a labelled image source with its words: class names in label order and a prompt template."""
 
-import difflib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from advtune.data.catalog import entry, names
 from advtune.data.named import open_named
 from advtune.data.parquet import open_hub, open_parquet
 from advtune.data.sources import Part, Source, normal, open_csv, open_folder
-from advtune.errors import UserError
+from advtune.errors import UserError, suggest
 
 OPENERS: dict[str, Callable[[str], Source]] = {
     "folder": open_folder,
@@ -71,8 +70,7 @@ def load_task(
     elif spec in names():
         source, default = open_named(spec), entry(spec)["template"]
     else:
-        near = difflib.get_close_matches(spec, names(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known sets: {', '.join(names())};"
+        hint = suggest(spec, names(), 3) or f"known sets: {', '.join(names())};"
         raise UserError(f"unknown set {spec!r}: {hint} otherwise give {FORMS}")
     if tuned and tuned.get("spec") == spec and tuned["source_classes"] == source.classes:
         words = tuned.get("all_classes", tuned["classes"])
@@ -163,8 +161,8 @@ def rename(old: Sequence[str], given: Words) -> list[str]:
         names = list(old)
         for key, value in words.items():
             if normal(key) not in index:
-                near = difflib.get_close_matches(key, old, n=1) or list(old[:1])
-                raise UserError(f"classes: the source has no class {key!r}; the nearest is {near[0]!r}")
+                hint = suggest(key, old) or f"its first is {old[0]!r}"
+                raise UserError(f"classes: the source has no class {key!r}; {hint}")
             names[index[normal(key)]] = value
         return names
     if len(words) != len(old):

@@ -87,7 +87,7 @@ def configure(
     value, and for what does not go together.
     """
     if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name!r}; {near(name, METHODS)}")
     what, method = f"method {name}", METHODS[name]()
     options = [options] if isinstance(options, str) else options
     if isinstance(options, Mapping):
@@ -100,8 +100,7 @@ def configure(
     if preset is not None:
         presets: Mapping[str, Mapping[str, Any]] = getattr(method, "presets", {})
         if not isinstance(preset, str) or preset not in presets:
-            known = ", ".join(presets) or "none"
-            raise UserError(f"{what} has no preset {preset!r}; known presets: {known}")
+            raise UserError(f"{what} has no preset {preset!r}; {near(preset, presets)}")
         method = fill(method, presets[preset], what)
     method, recipe = fill_many([method, method.recipe], given, what)
     if attack and not method.attack.eps:

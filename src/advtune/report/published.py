@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from advtune.errors import UserError
+from advtune.errors import UserError, near
 from advtune.options import parse_float
 
 DISTANCES = ("eps", "step_size")
@@ -35,7 +35,7 @@ def published(name: str) -> list[dict[str, Any]]:
     """
     known = papers()
     if name not in known:
-        raise UserError(f"no published numbers of {name!r}; known papers: {', '.join(known)}")
+        raise UserError(f"no published numbers of {name!r}; {near(name, known)}")
     found = []
     for key, table in known[name]["tables"].items():
         shared = {each: table[each] for each in KEPT} | table["protocol"]
