@@ -51,7 +51,7 @@ def test_a_script_is_sound_and_knows_every_name(shell, scripts):
         (["train", "capt", "--data", "cifar"], "cifar10 cifar100"),
         (["evaluate", "zero-shot", "--attack", "apgd-"], "apgd-ce apgd-dlr apgd-t"),
         (["study", "few-shot", "--methods", "tecoa", "cap"], "capt"),
-        (["report", "--format", ""], "markdown csv latex json"),
+        (["report", "--format", ""], "markdown csv latex json html"),
         (["list", "b"], "backbones"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -191,6 +191,8 @@ def test_every_verb_prints_json_and_nothing_else(clip_folder, image_folder, tmp_
         ["study", "few-shot", "--methods", "zero-shot", *base, *quick, "--out", str(tmp_path / "study")],
         ["report", run, zero],
         ["compare", zero, run],
+        ["predict", run, str(next(image_folder.rglob("*.png")))],
+        ["export", run, "--to", "prompts", "--out", str(tmp_path / "prompts")],
         *(["list", what] for what in ("methods", "attacks", "data", "backbones")),
         ["demo", "--out", str(tmp_path / "demo")],
     ]
