@@ -272,8 +272,8 @@ def autoattack(sizes: Sizes, folder: Path) -> list[Line]:
         theirs_stand, line = counted(g, partial(other, g))
         lines.append({
             "case": case, "n": len(images.y), "eps": HARD, "clean": int(clean.sum()),
-            "ours": mine, "pyautoattack": line, "decided_otherwise": int((stand != theirs_stand).sum()), "stages": stages,
-            "ratio": line["seconds"] / mine["seconds"], "precision": model.precision,
+            "ours": mine, "pyautoattack": line, "decided_otherwise": int((stand != theirs_stand).sum()),
+            "stages": stages, "ratio": line["seconds"] / mine["seconds"], "precision": model.precision,
         })  # fmt: skip
     return lines
 
