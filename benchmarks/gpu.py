@@ -50,7 +50,6 @@ from gpu_measure import (
     SHAPES,
     STEPS,
     Bench,
-    Made,
     Row,
     evaluating,
     inference,
@@ -59,6 +58,7 @@ from gpu_measure import (
     timed,
     training,
 )
+from operations import TASK
 
 FIRST = ("pmg-aft", "tecoa", "fap", "apt", "capt", "apd")  # of the methods, should the time not do for all
 TARGET = ("pmg-aft", "vit-b/16")  # over 40 % of the peak, at TOWER_BATCH
@@ -190,14 +190,14 @@ def syncs(bench: Bench) -> None:
     x = torch.rand(size, 3, model.side, model.side, device=model.device)
     y = torch.zeros(size, dtype=torch.long, device=model.device)
     with torch.no_grad():
-        f = model.classifier(model.tokens(Made.classes, Made.template))
+        f = model.classifier(model.tokens(TASK.classes, TASK.template))
     calls: dict[str, Callable[[], Any]] = {
         "training attack, pgd-2": partial(PGD(steps=2, keep="last", early_stop=False), f, x, y),
         "evaluation, pgd-10, no image leaves": evaluating(model, size)[f"pgd-{STEPS}"],
         "evaluation, pgd-10": partial(PGD(steps=10), f, x, y),
     }
     for name in ("tecoa", "fap"):
-        models = configure(name)[0].setup(model, Made, 0)
+        models = configure(name)[0].setup(model, TASK, 0)
         calls[f"attack, loss and backward of {name}"] = steps_of(name, models, size, 100)[0]
     for what, call in calls.items():
         call()

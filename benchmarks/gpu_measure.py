@@ -8,7 +8,7 @@ import gc
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from advtune.attacks import PGD
 from advtune.attacks.gradients import gradient
@@ -27,6 +25,7 @@ from advtune.methods import configure
 from advtune.preprocess import Preprocess
 from advtune.train import update
 from advtune.vlm import VLM, Batch, Origin, native_bf16
+from operations import CONTEXT, END, START, TASK, Words, operations
 
 Row = dict[str, Any]
 
@@ -36,7 +35,7 @@ SHAPES = {  # patch, image tower and text tower (width, layers, heads), embeddin
     "vit-l/14": (14, (1024, 24, 16), (768, 12, 12), 768),
 }
 TINY = ((48, 2, 2), (32, 2, 2), 32)  # towers and embedding of a trial
-VOCABULARY, LENGTH = 49408, 24  # CLIP's; tokens of the longest ImageNet prompt
+VOCABULARY = 49408  # CLIP's
 STEPS = 10  # of an evaluation's PGD here
 PIECES = {  # what a call of `evaluating` is made of, to count its operations
     "forward": {"forward": 1},
@@ -44,30 +43,6 @@ PIECES = {  # what a call of `evaluating` is made of, to count its operations
     f"pgd-{STEPS}": {"attack step": STEPS, "forward": 1},
 }
 GB = 1e9
-
-
-class Words:
-    """Stands for a tokenizer: C texts of LENGTH tokens; what precedes the class's word is the same in all."""
-
-    def __init__(self, classes: int):
-        self.classes = classes
-
-    def pieces(self, text: str) -> list[int]:
-        return [2, 3, 4, 5]
-
-    def prompts(self, names: Sequence[str], template: str, room: int = 0) -> Tensor:
-        before = max(room, 4)
-        ids = torch.full((self.classes, LENGTH), VOCABULARY - 1)
-        ids[:, 0] = VOCABULARY - 2
-        ids[:, 1 : 1 + before] = torch.arange(2, 2 + before)
-        ids[:, 1 + before : -1] = torch.arange(self.classes)[:, None] + 100
-        return ids
-
-
-class Made:
-    """Stands for a task; `Words` makes the texts."""
-
-    template, classes = "a photo of a {}.", ("a", "b")
 
 
 @dataclass
@@ -126,7 +101,7 @@ def made_clip(shape: str, small: bool, device: torch.device) -> CLIP:
     pixels = Preprocess(resize=side, crop=side)
     torch.manual_seed(0)
     with torch.device(device):
-        config = ClipConfig(image, text, embed, side, patch, VOCABULARY, 77, VOCABULARY - 2, VOCABULARY - 1, pixels)
+        config = ClipConfig(image, text, embed, side, patch, VOCABULARY, CONTEXT, START, END, pixels)
         return CLIP(config).requires_grad_(False)
 
 
@@ -164,12 +139,10 @@ def timed(bench: Bench, call: Callable[[], Any]) -> float:
     return statistics.median(taken) / calls
 
 
-def operations(call: Callable[[], Any]) -> float:
+def tflop(call: Callable[[], Any]) -> float:
     """TFLOP of the second call of two: in the first, texts that never change are encoded and kept."""
     call()
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e12
+    return operations(call) / 1e12
 
 
 def rates(bench: Bench, batch: int, call: Callable[[], Any], tflop: float) -> Row:
@@ -215,7 +188,7 @@ def steps_of(
     student = models["student"]
     x = torch.rand(size, 3, student.side, student.side, device=student.device)
     y = torch.arange(size, device=student.device) % classes
-    batch = Batch(x, y, {key: model.tokens(Made.classes, Made.template) for key, model in models.items()})
+    batch = Batch(x, y, {key: model.tokens(TASK.classes, TASK.template) for key, model in models.items()})
     if hasattr(method, "prepare") and not recipe.augment:
         batch.kept = {key: value.detach() for key, value in method.prepare(models, batch, attack).items()}
     learning = dict.fromkeys(p for model in models.values() for p in model.parameters() if p.requires_grad)
@@ -228,14 +201,14 @@ def training(bench: Bench, name: str, shape: str, classes: int, batch: int, comp
     """A row of a method's training step, batch images and so many classes."""
 
     def measure(size: int) -> Row:
-        models = configure(name)[0].setup(bench.backbone(shape, classes), Made, 0)
+        models = configure(name)[0].setup(bench.backbone(shape, classes), TASK, 0)
         counted = {key: model.to("meta") for key, model in copy.deepcopy(models).items()}
         for model in counted.values():
             model.text_memory = None  # what memory makes it compute again is no work of the step's
-        tflop = operations(steps_of(name, counted, size, classes)[0])
+        counted_tflop = tflop(steps_of(name, counted, size, classes)[0])
         if compile:
             compile_towers(bench, *models.values())
-        return rates(bench, size, steps_of(name, models, size, classes)[1], tflop)
+        return rates(bench, size, steps_of(name, models, size, classes)[1], counted_tflop)
 
     row = fitting(bench, batch, measure)
     return {"what": name, "shape": shape, "classes": classes, "precision": bench.precision, **row}
@@ -244,7 +217,7 @@ def training(bench: Bench, name: str, shape: str, classes: int, batch: int, comp
 def evaluating(model: VLM, size: int) -> dict[str, Callable[[], Any]]:
     """What an evaluation does with a batch of images, by the names of PIECES; an attack step is an input's gradient."""
     with torch.no_grad():
-        f = model.classifier(model.tokens(Made.classes, Made.template))
+        f = model.classifier(model.tokens(TASK.classes, TASK.template))
     x = torch.rand(size, 3, model.side, model.side, device=model.device)
     y = torch.zeros(size, dtype=torch.long, device=model.device)
     return {
@@ -260,10 +233,10 @@ def inference(bench: Bench, what: str, shape: str, batch: int, classes: int = 10
     def measure(size: int) -> Row:
         model = bench.backbone(shape, classes)
         counted = evaluating(copy.deepcopy(model).to("meta"), size)
-        tflop = sum(times * operations(counted[piece]) for piece, times in PIECES[what].items())
+        counted_tflop = sum(times * tflop(counted[piece]) for piece, times in PIECES[what].items())
         if compile:
             compile_towers(bench, model)
-        return rates(bench, size, evaluating(model, size)[what], tflop)
+        return rates(bench, size, evaluating(model, size)[what], counted_tflop)
 
     row = fitting(bench, batch, measure)
     return {"what": what, "shape": shape, "classes": classes, "precision": bench.precision, **row}

@@ -37,6 +37,12 @@ def percent(found: Line) -> str:
     return f"{100 * found['accuracy']:.1f} \\[{100 * found['low']:.1f}, {100 * found['high']:.1f}\\]"
 
 
+def over_seeds(found: Sequence[float | None]) -> str:
+    """Mean and, of several seeds, their sample standard deviation, in percent."""
+    mean, deviation = found
+    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
 def speed(line: Line) -> list[str]:
     cells = []
     for way in ("forward", "gradient"):
@@ -93,6 +99,14 @@ TABLES: dict[str, list[Columns]] = {
             *(number(line[key]) for key in ("before", "peak", "seconds")),
         ],
     )],
+    "fast": [(
+        lambda line: True,
+        ["Method", "Training attack", "Image gradients", "s", "Seeds", "Clean", "PGD-20 1/255", "PGD-20 4/255"],
+        lambda line: [
+            line["method"], line["variant"], f"{line['gradients']:,}", number(line["seconds"]), str(line["seeds"]),
+            *(over_seeds(each) for each in (line["clean"], *line["robust"])),
+        ],
+    )],
     "precision": [(
         lambda line: "rates" in line,
         ["Shape", "Forwards/s, fp32", "bf16", "Ratio", "Gradients/s, fp32", "bf16", "Ratio"],
@@ -127,7 +141,8 @@ def machine(line: Line) -> str:
     """A line's hardware, software and commit in words."""
     versions = ", ".join(f"{name} {found}" for name, found in line["versions"].items())
     threads = f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}"
-    return f"Measured on {line['hardware']}, {threads}; {versions}; commit {line['commit'] or 'not known'}."
+    commit = f"; commit {line['commit']}" if line.get("commit") else ""
+    return f"Measured on {line.get('hardware') or line['device']}, {threads}; {versions}{commit}."
 
 
 def page(text: str, lines: Sequence[Line]) -> str:

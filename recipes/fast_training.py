@@ -1,7 +1,8 @@
 """Cheaper training attacks beside each paper's, on the embedded backbone: what they cost and what accuracy they lose.
 
 Command:  ADVTUNE_DATA=../shared/data python recipes/fast_training.py --out runs/fast-training
-          ... --dry-run says what it would take; ... --stage cost measures seconds and image gradients of tuning
+          ... --dry-run says what it would take; ... --stage cost measures seconds and image gradients of tuning;
+          ... --stage lines adds both to benchmarks/results/bench.jsonl, of which docs/performance.md is made
 Hardware: two CPU cores; minutes on an accelerator. Resumable: call it again.
 Hours:    see --dry-run
 Reads:    cifar10, 16 shots; scored on 500 test images by PGD-20 at 1/255 and 4/255. Nothing is chosen here: rates
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,8 +31,10 @@ from advtune.grid import work
 from advtune.options import parse_eps
 from advtune.protocols import Run, Slice
 from advtune.report import render
+from advtune.results import now, read, write_atomic
 from advtune.train import tune
 
+LINES, COST = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.jsonl", "cost.jsonl"
 DATA, SHOTS, EPOCHS, IMAGES = "cifar10", 16, 5, 500
 ATTACKS = (PGD(eps=1 / 255, steps=20), PGD(eps=4 / 255, steps=20))
 METHODS = {  # whose attack climbs a loss of labels, so that it can stop early
@@ -58,7 +62,7 @@ def choice(method: str, label: str, eps: float, seed: int, backbone: str) -> Run
 
 
 def measure(wanted: list[Run], rounds: int, device: str, precision: str) -> list[dict[str, Any]]:
-    """Seconds of tuning, the least of several rounds in turns, and the images whose gradient was taken."""
+    """Processor seconds of tuning, the least of several rounds in turns, and the images whose gradient was taken."""
     count = 0
 
     def add(module: torch.nn.Module, _: Any, features: Any) -> None:
@@ -70,17 +74,41 @@ def measure(wanted: list[Run], rounds: int, device: str, precision: str) -> list
     torch.nn.modules.module.register_module_forward_hook(add)
     for _ in range(rounds):
         for run, facts in zip(wanted, found, strict=True):
-            count, begin = 0, time.monotonic()
+            count, begin = 0, time.process_time()
             tune(run.method, model, task, shots=run.shots, seed=run.seed, epochs=run.epochs, options=run.options,
                  attack=run.train_attack, show=False)  # fmt: skip
-            facts["seconds"] = min(facts["seconds"], round(time.monotonic() - begin, 2))
+            facts["seconds"] = min(facts["seconds"], round(time.process_time() - begin, 2))
             facts["gradients"] = count
-    return [{**facts, "device": runs.device_name(model.device), "precision": model.precision} for facts in found]
+    threads = torch.get_num_threads()
+    here = {"device": runs.device_name(model.device), "precision": model.precision, "threads": threads}
+    return [{**facts, **here, "versions": runs.versions()} for facts in found]
+
+
+def lines(out: Path, methods: list[str]) -> list[dict[str, Any]]:
+    """What was measured of each variant: means over the seeds and their spread, seconds and gradients of tuning."""
+    costs = {cost["run"]: cost for cost in map(json.loads, (out / COST).read_text().splitlines())}
+    found = []
+    for method in methods:
+        for label in VARIANTS:
+            case = f"{method} {label}"
+            rows = read(*sorted((out / DATA / case.replace(",", "").replace(" ", "-")).glob("*/results.jsonl")))
+            by_eps = {eps: [row for row in rows if row.attack["eps"] == eps] for eps in (a.eps for a in ATTACKS)}
+            line = {"part": "fast", "case": case, "method": method, "variant": label, "time": now(), **costs[case]}
+            line |= {"seeds": len(by_eps[ATTACKS[0].eps]), "n": rows[0].clean["n"], "data": DATA, "shots": SHOTS}
+            line["clean"] = spread([row.clean["accuracy"] for row in by_eps[ATTACKS[0].eps]])
+            line["robust"] = [spread([row.robust["accuracy"] for row in own]) for own in by_eps.values()]
+            found.append(line)
+    return found
+
+
+def spread(values: list[float]) -> list[float | None]:
+    """Mean and sample standard deviation, in percent."""
+    return [100 * statistics.mean(values), 100 * statistics.stdev(values) if len(values) > 1 else None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("accuracy", "cost"), default="accuracy")
+    parser.add_argument("--stage", choices=("accuracy", "cost", "lines"), default="accuracy")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--eps", default="1/255", help="of the training attack")
     parser.add_argument("--seeds", type=int, default=3)
@@ -96,8 +124,12 @@ def main() -> None:
     if args.dry_run:
         print(estimate(wanted, args.out, args.device, args.precision, False))
     elif args.stage == "cost":
-        for facts in measure(wanted, args.rounds, args.device, args.precision):
-            print(json.dumps(facts))
+        texts = [json.dumps(facts) for facts in measure(wanted, args.rounds, args.device, args.precision)]
+        write_atomic(args.out / COST, "\n".join(texts) + "\n")
+        print("\n".join(texts))
+    elif args.stage == "lines":
+        with LINES.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines(args.out, args.methods))
     else:
         outcome = work(wanted, args.out, device=args.device, precision=args.precision)
         print(render(outcome.rows, "markdown"))
