@@ -117,8 +117,12 @@ def test_the_row_says_so_and_the_flag_reaches_the_tower(clip_folder, image_folde
     assert cli.main(["evaluate", "zero-shot", *args, "--compile"]) == 0
     assert used[0]["backend"] == "inductor" and used[0]["dynamic"] is False
     assert "torch.compile" in capsys.readouterr().out
+    few = ["study", "few-shot", "--methods", "zero-shot", *args[:4], "--attack", "none", "--out", str(tmp_path / "out")]
+    assert cli.main([*few, "--compile"]) == 0
+    assert "torch.compile" in (tmp_path / "out").rglob("results.jsonl").__next__().read_text() and len(used) == 4
+    capsys.readouterr()
     assert cli.main(["evaluate", "zero-shot", *args]) == 0
-    assert "torch.compile" not in capsys.readouterr().out and len(used) == 2
+    assert "torch.compile" not in capsys.readouterr().out and len(used) == 4
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch, clip_folder):

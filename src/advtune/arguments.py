@@ -156,6 +156,8 @@ def _study(verbs: Any) -> None:
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
     p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    p.add_argument("--compile", action="store_true",
+                   help="image tower through torch.compile, worth its minute in long runs")  # fmt: skip
     p.set_defaults(verb="study")
 
 

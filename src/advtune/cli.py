@@ -156,8 +156,9 @@ def study(args: argparse.Namespace) -> int:
     if not args.out:
         raise UserError("study: --out DIR is missing: the folder that gets the runs (--dry-run needs none)")
     outcome = run_study(
-        asked, args.out, extend=args.extend, device=args.device, precision=args.precision, batch_size=args.batch_size
-    )
+        asked, args.out, extend=args.extend, device=args.device, precision=args.precision,
+        batch_size=args.batch_size, compile=args.compile,
+    )  # fmt: skip
     if args.json:
         print("".join(f"{row.to_json()}\n" for row in outcome.rows), end="")
     elif outcome.rows:
@@ -175,7 +176,7 @@ def study(args: argparse.Namespace) -> int:
         ("--batch-size", args.batch_size, 64),
     )
     flags = [str(part) for flag, value, usual in way if value != usual for part in (flag, value)]
-    again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags])
+    again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags, *["--compile"] * args.compile])
     if outcome.failed:
         print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)
     return 1 if outcome.failed else 0

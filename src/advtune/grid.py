@@ -59,6 +59,7 @@ class Bench:
     precision: str = "auto"
     batch_size: int = 64
     show: bool = True
+    compile: bool = False
     models: dict[str, VLM] = field(default_factory=dict)
     tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
     contents: dict[str, tuple[str, Path | str]] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Bench:
 
     def model(self, name: str) -> VLM:
         if name not in self.models:
-            self.models[name] = runs.load(name, self.device, self.precision)
+            self.models[name] = runs.load(name, self.device, self.precision, self.compile)
         return self.models[name]
 
     def task(self, spec: str, subset: str) -> Task:
@@ -113,7 +114,7 @@ def work(wanted: Sequence[Run], out: str | Path, **how: Any) -> Outcome:
     """Do what is not done of these runs, each in OUT/<key>: tune (an interrupted one goes on), then evaluate.
 
     Runs whose rows are all there are skipped without loading a model or an image. A run that fails leaves a line in
-    OUT/failed.jsonl and its traceback in OUT/tracebacks. how: device, precision, batch_size, show. Raises
+    OUT/failed.jsonl and its traceback in OUT/tracebacks. how: device, precision, batch_size, show, compile. Raises
     KeyboardInterrupt with a text that says how to go on, UserError when another process works in OUT.
     """
     with alone(Path(out)):

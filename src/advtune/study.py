@@ -259,7 +259,7 @@ def plan(study: Study) -> list[Run]:
 
 def run_study(
     study: Study, out: str | Path, *, extend: bool = False, device: str = "auto", precision: str = "auto",
-    batch_size: int = 64, show: bool = True,
+    batch_size: int = 64, show: bool = True, compile: bool = False,
 ) -> Outcome:  # fmt: skip
     """Do every run of a study that is not done, into OUT/<key>; what came of it, with the rows of the whole study.
 
@@ -274,7 +274,7 @@ def run_study(
         raise UserError(f"{out} is a file; give --out a folder")
     with alone(out):
         claim(study, wanted, out, extend)
-        return through(wanted, Bench(out, device, precision, batch_size, show))
+        return through(wanted, Bench(out, device, precision, batch_size, show, compile))
 
 
 def claim(study: Study, wanted: list[Run], out: Path, extend: bool) -> None:

@@ -95,6 +95,8 @@ class Plan:
             depths = [len(p) for p in student.prompts()[:2] if p is not None]
             if depths and min(depths) < depth:
                 notes.append(f"prompt depth {depth} cut to {'/'.join(map(str, depths))} (text/image layers)")
+        if self.backbone.compiled:
+            notes.append("tuned with the image tower through torch.compile")
         if student.template:
             notes.append(f"the learned context stands for the template: {student.template!r} follows it")
         return notes
