@@ -176,7 +176,9 @@ def study(args: argparse.Namespace) -> int:
         ("--batch-size", args.batch_size, 64),
     )
     flags = [str(part) for flag, value, usual in way if value != usual for part in (flag, value)]
-    again = shlex.join(["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags, *["--compile"] * args.compile])
+    again = shlex.join(
+        ["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags, *["--compile"] * args.compile]
+    )
     if outcome.failed:
         print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)
     return 1 if outcome.failed else 0
