@@ -37,10 +37,10 @@ def percent(found: Line) -> str:
     return f"{100 * found['accuracy']:.1f} \\[{100 * found['low']:.1f}, {100 * found['high']:.1f}\\]"
 
 
-def over_seeds(found: Sequence[float | None]) -> str:
-    """Mean and, of several seeds, their sample standard deviation, in percent."""
-    mean, deviation = found
-    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+def over_seeds(found: Line) -> str:
+    """Mean, of several seeds their sample standard deviation, and the interval over the images, in percent."""
+    spread = "" if found["deviation"] is None else f" ± {100 * found['deviation']:.1f}"
+    return f"{100 * found['mean']:.1f}{spread} \\[{100 * found['low']:.1f}, {100 * found['high']:.1f}\\]"
 
 
 def speed(line: Line) -> list[str]:
@@ -142,7 +142,7 @@ def machine(line: Line) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in line["versions"].items())
     threads = f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}"
     commit = f"; commit {line['commit']}" if line.get("commit") else ""
-    return f"Measured on {line.get('hardware') or line['device']}, {threads}; {versions}{commit}."
+    return f"Measured on {line.get('hardware') or line['device'].partition(',')[0]}, {threads}; {versions}{commit}."
 
 
 def page(text: str, lines: Sequence[Line]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ from advtune.grid import work
 from advtune.options import parse_eps
 from advtune.protocols import Run, Slice
 from advtune.report import render
-from advtune.results import now, read, write_atomic
+from advtune.results import mean_and_spread, now, read, wilson, write_atomic
 from advtune.train import tune
 
 LINES, COST = Path(__file__).parents[1] / "benchmarks" / "results" / "bench.jsonl", "cost.jsonl"
@@ -95,15 +94,18 @@ def lines(out: Path, methods: list[str]) -> list[dict[str, Any]]:
             by_eps = {eps: [row for row in rows if row.attack["eps"] == eps] for eps in (a.eps for a in ATTACKS)}
             line = {"part": "fast", "case": case, "method": method, "variant": label, "time": now(), **costs[case]}
             line |= {"seeds": len(by_eps[ATTACKS[0].eps]), "n": rows[0].clean["n"], "data": DATA, "shots": SHOTS}
-            line["clean"] = spread([row.clean["accuracy"] for row in by_eps[ATTACKS[0].eps]])
-            line["robust"] = [spread([row.robust["accuracy"] for row in own]) for own in by_eps.values()]
+            line["clean"] = over_seeds([row.clean for row in by_eps[ATTACKS[0].eps]])
+            line["robust"] = [over_seeds([row.robust for row in own]) for own in by_eps.values()]
             found.append(line)
     return found
 
 
-def spread(values: list[float]) -> list[float | None]:
-    """Mean and sample standard deviation, in percent."""
-    return [100 * statistics.mean(values), 100 * statistics.stdev(values) if len(values) > 1 else None]
+def over_seeds(found: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean and sample standard deviation of accuracies, and the 95 % Wilson interval over the images at the mean."""
+    mean, deviation = mean_and_spread([each["accuracy"] for each in found])
+    n = found[0]["n"]
+    low, high = wilson(round(mean * n), n)
+    return {"mean": mean, "deviation": deviation, "low": low, "high": high}
 
 
 def main() -> None:
