@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow bench check format clean
+.PHONY: setup demo test test-slow bench docs check format clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,11 @@ bench: setup
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/performance_page.py
 
+# site/index.html opens from disk; the first time it needs a package index.
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +41,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar, Union
 
 from advtune.errors import UserError, near, suggest
@@ -170,7 +171,12 @@ def _fields(thing: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _hint(thing: Any, name: str) -> Any:
-    return typing.get_type_hints(thing if isinstance(thing, type) else type(thing))[name]
+    return _hints(thing if isinstance(thing, type) else type(thing))[name]
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _kinds(thing: Any, name: str) -> tuple[Any, bool]:
