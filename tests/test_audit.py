@@ -120,7 +120,7 @@ def test_a_fix_is_a_run_measured_on_the_same_images(clip_folder, tmp_path, capsy
     page = Read(text)
     _self_contained(page, text)
     assert len(page.pictures("adversarial image for after (tecoa)")) == 5
-    assert len(page.pictures("Loss terms")) == 1
+    assert len(page.pictures("Loss terms")) == len(page.pictures("Clean against")) == 1
     assert {percent(row.robust) for row in before + after} < set(page.cells)
     assert SCRIPT in page.sections["classes"] or SCRIPT in page.sections["gallery"]
     assert main([*words[:-6], "--epochs", "2", "--device", "cpu"]) == 2
@@ -265,6 +265,13 @@ def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, capsys):
     (line,) = printed.err.splitlines()
     assert said in line
     assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_what_is_chosen_on_val_was_not_tuned_on(vlm, task, tmp_path):
+    found = audit(vlm, task, tmp_path / "out", part="val", fix="tecoa", shots=None, epochs=1, show=False)
+    after = found.sides[1].auto
+    assert (after.data["part"], after.train["part"]) == ("val", "fit")
+    assert not any("were tuned on" in note for note in after.notes)
 
 
 def test_a_tuned_model_can_be_audited(clip_folder, task, tmp_path):

@@ -76,9 +76,10 @@ def audit(
 ) -> Audit:  # fmt: skip
     """Measure a model: clean, PGD over eps, AutoAttack at `eps` with its checks; OUT/audit.html tells it.
 
-    fix: a method to tune with, on `shots` images a class of the train part, into the run folder OUT/METHOD; the tuned
-    model is measured alike, on the same images. What OUT has of these very settings is not measured again, and what
-    was interrupted goes on; `overwrite` begins anew. Raises UserError on bad input, before anything is measured.
+    fix: a method to tune with, on `shots` images a class of the train part (of fit, when val is measured), into the
+    run folder OUT/METHOD; the tuned model is measured alike, on the same images. What OUT has of these very settings
+    is not measured again, and what was interrupted goes on; `overwrite` begins anew. Raises UserError on bad input,
+    before anything is measured.
     """
     out, auto = Path(out), AutoAttack(eps=eps)
     check_seed(seed)
@@ -93,7 +94,8 @@ def audit(
     if fix is not None:
         models[fix] = tune(
             fix, model, task, shots=shots, seed=seed, epochs=epochs, options=options, attack=attack, out=out / fix,
-            resolution=resolution, on_bad=on_bad, resume=not overwrite, overwrite=overwrite, show=show,
+            part="fit" if part == "val" else "train", resolution=resolution, on_bad=on_bad, resume=not overwrite,
+            overwrite=overwrite, show=show,
         )  # fmt: skip
     asked = Asked(task, split, images, auto, batch_size, seed, show)
     plain = ["advtune", "audit", "--backbone", model.origin.name, "--data", task.spec, "--out", str(out)]

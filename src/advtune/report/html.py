@@ -73,7 +73,7 @@ def page(
         "harmonic": harmonic_table(harmonic_means(rows)) if harmonic_means(rows) else [],
         "caption": CAPTION,
         "setting": heading([best[0].line]),
-        "figures": _figures(rows, best, columns, why),
+        "figures": _figures(rows, best, columns, why, given is not None),
         "classes": _class_table(columns),
         "gallery": (_pictured(given.gallery) if given else _gallery(best)) if gallery else None,
         "rows": len(rows),
@@ -156,10 +156,13 @@ def _settings(line: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={shown(key, value)}" for key, value in flat(line["settings"]).items() if value != {})
 
 
-def _figures(rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: str) -> dict[str, dict[str, Any]]:
-    """Pictures by kind, and why there are none."""
+def _figures(
+    rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: str, one: bool
+) -> dict[str, dict[str, Any]]:
+    """Pictures by kind, and why there are none. one: scatter the headline's setting alone."""
     names = [each.name for each in best]
-    scattered = scatter_panels(rows, 2) or scatter_panels(rows)
+    points = [row for each in best for row in each.rows] if one else rows
+    scattered = scatter_panels(points, 2) or scatter_panels(points)
     found: dict[str, tuple[list[Panel], str]] = {
         "scatter": (scattered, "No row has a robust accuracy: evaluate with an attack."),
         "eps": (eps_panels(rows, names), NO_EPS),
