@@ -18,6 +18,7 @@ from advtune.audit import CURVE, Audit, Side, audit, command, write
 from advtune.cli import main
 from advtune.errors import UserError
 from advtune.parsing import parse
+from advtune.report.audit import rendered
 from advtune.report.verdict import columns, following, fragile, paired, percent, title, verdict
 from advtune.results import accuracy, read
 from conftest import write_images
@@ -36,7 +37,7 @@ def refuse(*_, **__):
     raise AssertionError("measured again")
 
 
-def fake(clean="1" * 6 + "0" * 4, robust="1" * 3 + "0" * 7, method="zero-shot", scale=20, **changes):
+def fake(clean="1" * 6 + "0" * 4, robust="1" * 3 + "0" * 7, method="zero-shot", scale=20, trained=0, **changes):
     """A side whose AutoAttack row has these flags, each `scale` times; its curve falls to nothing at 2/255."""
 
     def rowed(attack, robust, **more):
@@ -182,6 +183,18 @@ def test_a_fix_is_judged_on_pairs(clean, robust, said):
     difference = 10 * (robust.count("1") - 3)
     assert paired(found)["robust"]["difference"] == pytest.approx(difference / 100)
     assert f"{difference:+.1f} points" in text
+
+
+def test_a_fix_of_a_model_tuned_with_another_seed_is_paired():
+    before, after = fake(method="tecoa", trained=3), fake("1111110000", "1111110000", "capt")
+    assert paired(found_of(before, after))["robust"]["difference"] == pytest.approx(0.3)
+
+
+def test_names_are_text_at_head_and_foot():
+    found = replace(found_of(fake(), classes=(SCRIPT, "b"), total=1000), out=Path(SCRIPT), again=["advtune", SCRIPT])
+    for half in ("head", "foot"):
+        text = str(rendered(found, half))
+        assert "<script" not in text and SCRIPT in Read(text).text
 
 
 def test_fragile_classes_by_hand():

@@ -29,7 +29,7 @@ def page(found: Audit) -> str:
     names = titles(found)
     folders = {side.auto.run: Path(side.auto.run) for side in found.sides if side.auto.run}
     given = Given(
-        opening=_rendered(found, "head"), closing=_rendered(found, "foot"),
+        opening=rendered(found, "head"), closing=rendered(found, "foot"),
         columns=columns(found, names), gallery=gallery(found, names),
     )  # fmt: skip
     rows = [row for side in reversed(found.sides) for row in side.rows]  # its pictures are of the first that ties
@@ -67,7 +67,7 @@ def gallery(found: Audit, names: list[str]) -> Gallery:
     return Gallery(examples(models, found.task, x, y, attack), attack, told)
 
 
-def _rendered(found: Audit, half: str) -> Any:
+def rendered(found: Audit, half: str) -> Any:
     """The head or the foot as Markup."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
