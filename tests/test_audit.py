@@ -43,9 +43,8 @@ def fake(clean="1" * 6 + "0" * 4, robust="1" * 3 + "0" * 7, method="zero-shot", 
     def rowed(attack, robust, **more):
         flags = {"clean": clean * scale, "robust": robust * scale}
         counts = {key: accuracy(value) for key, value in flags.items()}
-        return replace(
-            make(method, seed=None if method == "zero-shot" else 0, attack=attack, **more), flags=flags, **counts
-        )
+        seed = None if method == "zero-shot" else trained
+        return replace(make(method, seed=seed, attack=attack, **more), flags=flags, **counts)
 
     curve = [rowed({"name": "pgd", "steps": 20, "eps": eps}, robust if eps == 0 else "0" * len(clean))
              for eps in (0.0, 2 / 255)]  # fmt: skip
