@@ -47,6 +47,7 @@ def test_a_script_is_sound_and_knows_every_name(shell, scripts):
     [
         (["tr"], "train"),
         (["train", "ca"], "capt"),
+        (["audit", "--fix", "teco"], "tecoa"),
         (["train", "capt", "--da"], "--data"),
         (["train", "capt", "--data", "cifar"], "cifar10 cifar100"),
         (["evaluate", "zero-shot", "--attack", "apgd-"], "apgd-ce apgd-dlr apgd-t"),

@@ -177,12 +177,15 @@ def test_a_real_terminal_and_no_colour():
 # --- JSON of every verb ---------------------------------------------------------------------------------
 
 
-def test_every_verb_prints_json_and_nothing_else(clip_folder, image_folder, tmp_path, capsys, monkeypatch):
+def test_every_verb_prints_json_and_nothing_else(
+    clip_folder, image_folder, tmp_path, capsys, monkeypatch, short_square
+):
     data, run, zero = f"folder:{image_folder}", str(tmp_path / "run"), str(tmp_path / "zero")
     base = ["--backbone", str(clip_folder), "--data", data]
     monkeypatch.setattr(demo, "BACKBONE", str(clip_folder))
     monkeypatch.setattr(demo, "DATA", data)
     monkeypatch.setattr(demo, "ENTRIES", ())
+    monkeypatch.setattr("advtune.evaluation.other_model", lambda s: None)  # mini is slow to load for a check
     quick = ["--attack", "pgd", "-a", "steps=1", "--limit", "3"]
     calls = [
         ["train", "capt", *base, "--shots", "1", "--epochs", "1", "--out", run],
@@ -194,6 +197,7 @@ def test_every_verb_prints_json_and_nothing_else(clip_folder, image_folder, tmp_
         ["predict", run, str(next(image_folder.rglob("*.png")))],
         ["export", run, "--to", "prompts", "--out", str(tmp_path / "prompts")],
         *(["list", what] for what in ("methods", "attacks", "data", "backbones")),
+        ["audit", *base, "--limit", "1", "--out", str(tmp_path / "audit")],
         ["demo", "--out", str(tmp_path / "demo")],
     ]
     found = []
@@ -201,12 +205,13 @@ def test_every_verb_prints_json_and_nothing_else(clip_folder, image_folder, tmp_
         assert main([*arguments, "--json"]) == 0
         text = capsys.readouterr().out
         assert text and not text.startswith("\n") and text.endswith("\n")
-        found.append(json.loads(text))  # one value each: these verbs print a line a row
+        lines = text.splitlines() if arguments[0] == "audit" else [text]  # the others print one value here
+        found.append([json.loads(line) for line in lines][-1])
     assert {arguments[0] for arguments in calls} == set(VERBS) - {"completion"}  # which prints a script
     trained, evaluated = found[:2]
     assert (trained["run"], trained["config"]["method"], trained["last"]["step"]) == (run, "capt", 0)
     assert parse(build(), shlex.split(trained["next"])[1:]).model == run
-    assert [row["method"] for row in (evaluated, *found[2:4], found[-1])] == ["capt", *["zero-shot"] * 3]
+    assert [row["method"] for row in (evaluated, *found[2:4], *found[-2:])] == ["capt", *["zero-shot"] * 4]
     assert [line["method"] for line in found[4]] == ["zero-shot", "capt"]
 
 

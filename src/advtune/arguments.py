@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import advtune
+from advtune.examples import AUDIT, COMPLETION, STUDY
 from advtune.parsing import Parser
 
 DESCRIPTION = "Adversarially robust tuning of CLIP-style models, and evaluation that can be believed."
@@ -30,30 +31,6 @@ a first run, offline, on what is in the package:
 your own images (one folder a class) and your own CLIP:
   advtune train tecoa --backbone openai/clip-vit-base-patch32 --data folder:photos --out runs/photos
 """
-STUDY = """\
-examples, offline, on what is in the package:
-  advtune study few-shot --methods zero-shot tecoa --data fashion-mnist-mini --shots 1 4 --seeds 0 1 \\
-      --epochs 2 --limit 100 --eps 1/255 --out runs/few --dry-run      (what would be run, and how long it takes)
-  advtune study runs/few/study.toml --out runs/few                     (goes on, or says that all is done)
-  advtune study base-to-new --methods capt --data fashion-mnist-mini --epochs 2 --out runs/base-new
-
-a study as a file, to keep; flags lie over what it says:
-  protocol = "transfer"            # few-shot, base-to-new, cross-dataset, domain-shift, transfer, eps-curve
-  methods = ["zero-shot", "tecoa"]
-  train_on = "tinyimagenet"
-  data = ["cifar10", "caltech101"]
-  options = { lr = 1e-5 }          # for every method;  [method.tecoa] epochs = 2  for one
-  train_attack = { eps = "1/255" }
-  [[attacks]]                      # several allowed
-  name = "pgd"
-  eps = ["1/255", "4/255"]
-  steps = 100
-"""
-COMPLETION = """\
-  bash:  advtune completion bash > ~/.local/share/bash-completion/completions/advtune
-  zsh:   advtune completion zsh > "${fpath[1]}/_advtune"
-  fish:  advtune completion fish > ~/.config/fish/completions/advtune.fish
-"""
 DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
 BACKBONE_HELP = (
     "mini, a folder in Hugging Face CLIP format, a hub id (openai/clip-vit-base-patch32), or a run folder "
@@ -73,6 +50,7 @@ def build() -> Parser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _train(verbs)
     _evaluate(verbs)
+    _audit(verbs)
     _study(verbs)
     _report(verbs)
     _compare(verbs)
@@ -121,6 +99,32 @@ def _evaluate(verbs: Any) -> None:
     p.set_defaults(verb="evaluate")
 
 
+def _audit(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "audit",
+        help="how robust is this model? one page; --fix: before and after",
+        description="Measure a model and write FOLDER/audit.html: a verdict, clean accuracy, PGD-20 at eps 0 to 8/255, "
+        "AutoAttack\nat one eps with its checks, the classes that fall first, pictures, what to do next. With --fix it "
+        "tunes, too, and\nshows before and after. What FOLDER has of the same settings is used; what was interrupted "
+        "goes on.",
+        epilog=AUDIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--out", default="runs/audit", metavar="FOLDER", help="folder to write (default runs/audit)")
+    p.add_argument("--eps", default="1/255", metavar="N/255", help="the change to withstand (default 1/255)")
+    p.add_argument("--fix", nargs="?", const="tecoa", metavar="METHOD",
+                   help="tune with it (see `advtune list methods`; --fix alone: tecoa) and measure again")  # fmt: skip
+    p.add_argument("--shots", type=int, metavar="K", help="with --fix: training images a class (default 16)")
+    p.add_argument("--epochs", type=int, metavar="N", help="with --fix: passes over them (default: the paper's)")
+    p.add_argument("-o", dest="options", action="append", default=[], metavar="KEY=VALUE",
+                   help="with --fix: a field of the method or its recipe: -o lr=0.001")  # fmt: skip
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
+    p.add_argument("--overwrite", action="store_true", help="use nothing that FOLDER has: measure and tune anew")
+    p.add_argument("--json", action="store_true", help="print the rows as JSON")
+    _shared(p, "test", "with --fix: training attack's field: -a eps=2/255", limit=200)
+    p.set_defaults(verb="audit")
+
+
 def _study(verbs: Any) -> None:
     p = verbs.add_parser(
         "study",
@@ -161,12 +165,21 @@ def _study(verbs: Any) -> None:
     p.set_defaults(verb="study")
 
 
-def _shared(p: argparse.ArgumentParser, part: str, attack_help: str) -> None:
+def images(text: str) -> int | None:
+    """A number of images, or none for `all`."""
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor all") from None
+
+
+def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int | None = None) -> None:
     p.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     p.add_argument("--backbone", default=None, metavar="B", help=BACKBONE_HELP + " (default: mini)")
     p.add_argument("-a", dest="attack_options", action="append", default=[], metavar="KEY=VALUE", help=attack_help)
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of shots, prompts and noise (default 0)")
-    p.add_argument("--limit", type=int, metavar="N", help="only N images, class-balanced")
+    p.add_argument("--limit", type=images, default=limit, metavar="N",
+                   help=f"only N images, class-balanced (default {limit or 'all'})")  # fmt: skip
     p.add_argument("--part", default=part, choices=("train", "fit", "val", "test", "all"),
                    help=f"part of the data; fit and val are disjoint parts of train (default {part})")  # fmt: skip
     p.add_argument("--subset", default="all", choices=("all", "base", "new"),

@@ -137,11 +137,14 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
         resolution = int(resolution)
     model = runs.load(name, args.device, args.precision, args.compile)
     task = task_for(model, args.data, args.classes, args.template, args.subset)
-    return (
-        model,
-        task,
-        dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image),
-    )
+    return model, task, dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image)
+
+
+def audit(args: argparse.Namespace) -> None:
+    from advtune.audit import check_flags, run
+
+    check_flags(args)
+    run(args, *_opened(args, args.backbone or "mini"))
 
 
 def study(args: argparse.Namespace) -> int:
@@ -170,11 +173,8 @@ def study(args: argparse.Namespace) -> int:
         print(f"\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
         if asked.paper:
             print(f"Beside the paper's: {shlex.join(['advtune', 'report', '--against', asked.paper, args.out])}")
-    way = (
-        ("--device", args.device, "auto"),
-        ("--precision", args.precision, "auto"),
-        ("--batch-size", args.batch_size, 64),
-    )
+    way = (("--device", args.device, "auto"), ("--precision", args.precision, "auto"),
+           ("--batch-size", args.batch_size, 64))  # fmt: skip
     flags = [str(part) for flag, value, usual in way if value != usual for part in (flag, value)]
     again = shlex.join(
         ["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags, *["--compile"] * args.compile]
@@ -293,7 +293,7 @@ def completion(args: argparse.Namespace) -> None:
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": train, "evaluate": evaluate, "study": study, "report": report, "compare": compare,
+    "train": train, "evaluate": evaluate, "audit": audit, "study": study, "report": report, "compare": compare,
     "predict": predict, "export": export, "list": list_, "demo": demo, "completion": completion,
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def names() -> dict[str, list[str]]:
 
     tuned = [name for name in METHODS if name != "zero-shot"]
     return {
-        "method": tuned, "methods": list(METHODS), "study": list(PROTOCOLS), "data": list(sets()),
+        "method": tuned, "fix": tuned, "methods": list(METHODS), "study": list(PROTOCOLS), "data": list(sets()),
         "train_on": list(sets()), "attack": [*ATTACKS, "none"], "defence": list(DEFENCES),
         "backbone": ["mini", *HUB_BACKBONES], "against": list(papers()),
     }  # fmt: skip

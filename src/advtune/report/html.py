@@ -6,14 +6,14 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advtune import __version__
 from advtune.errors import UserError
-from advtune.report.classes import FRAGILE
+from advtune.report.classes import FRAGILE, ClassLine
 from advtune.report.figures import MOST, class_columns, class_panels, eps_panels, training_panels
 from advtune.report.formats import CAPTION, cells, footnotes, heading, label, subheading
 from advtune.report.found import Measured, headline, measured
@@ -22,6 +22,9 @@ from advtune.report.plot import FRONT, Panel, front, pictures, scatter_panels
 from advtune.report.summary import blind, notices, tiles, words
 from advtune.report.table import flat, group_by, pixels, shown
 from advtune.results import Row, now
+
+if TYPE_CHECKING:
+    from advtune.report.gallery import Gallery
 
 SHRUNK = 0.8  # of a panel's size, so that its letters can be read on a phone
 SIDE = 160  # pixels of a gallery picture; a larger one is made smaller, and JPEG
@@ -34,9 +37,22 @@ OFFLINE = "A report downloads nothing, unless HF_HUB_OFFLINE=0 is set."
 NO_LOG = "No run folder with a train.jsonl is among the folders of this report."
 
 
-def page(rows: Sequence[Row], folders: Mapping[str, Path], gallery: bool = True, title: str = "") -> str:
+@dataclass(frozen=True)
+class Given:
+    """What an audit brings to the page itself: HTML (Markup) at head and foot, class lines, a gallery."""
+
+    opening: str
+    closing: str
+    columns: list[tuple[str, list[ClassLine]]]
+    gallery: Gallery
+
+
+def page(
+    rows: Sequence[Row], folders: Mapping[str, Path], gallery: bool = True, title: str = "", given: Given | None = None
+) -> str:
     """The report as HTML. `folders`: run folders by the run's name in the rows (see `gather`); what needs one that
-    is not there says so in its place. gallery: attack a handful of images, which loads models and data.
+    is not there says so in its place. gallery: attack a handful of images, which loads models and data. given: an
+    audit's own parts.
 
     Raises UserError when there is no row.
     """
@@ -44,21 +60,22 @@ def page(rows: Sequence[Row], folders: Mapping[str, Path], gallery: bool = True,
 
     lines = measured(rows, dict(folders))
     best = headline(lines)
-    columns, why = class_columns(best)
+    columns, why = (given.columns, "") if given else class_columns(best)
     facts = {
         "title": title or "Robustness report",
         "date": now()[:16].replace("T", " ") + " UTC",
         "version": __version__,
-        "tiles": tiles(lines),
-        "words": words(lines),
+        "given": given,
+        "tiles": [] if given else tiles(lines),
+        "words": [each for each in words(lines) if not given or each[0] != "Most robust"],
         "notices": notices(lines),
         "tables": _tables(lines),
         "harmonic": harmonic_table(harmonic_means(rows)) if harmonic_means(rows) else [],
         "caption": CAPTION,
         "setting": heading([best[0].line]),
-        "figures": _figures(rows, best, columns, why),
+        "figures": _figures(rows, best, columns, why, given is not None),
         "classes": _class_table(columns),
-        "gallery": _gallery(best) if gallery else None,
+        "gallery": (_pictured(given.gallery) if given else _gallery(best)) if gallery else None,
         "rows": len(rows),
         "runs": len({row.run for row in rows if row.run}),
         "devices": sorted({row.device for row in rows if row.device}),
@@ -139,10 +156,13 @@ def _settings(line: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={shown(key, value)}" for key, value in flat(line["settings"]).items() if value != {})
 
 
-def _figures(rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: str) -> dict[str, dict[str, Any]]:
-    """Pictures by kind, and why there are none."""
+def _figures(
+    rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: str, one: bool
+) -> dict[str, dict[str, Any]]:
+    """Pictures by kind, and why there are none. one: scatter the headline's setting alone."""
     names = [each.name for each in best]
-    scattered = scatter_panels(rows, 2) or scatter_panels(rows)
+    points = [row for each in best for row in each.rows] if one else rows
+    scattered = scatter_panels(points, 2) or scatter_panels(points)
     found: dict[str, tuple[list[Panel], str]] = {
         "scatter": (scattered, "No row has a robust accuracy: evaluate with an attack."),
         "eps": (eps_panels(rows, names), NO_EPS),
@@ -178,6 +198,11 @@ def _gallery(best: Sequence[Measured]) -> dict[str, Any]:
         found = gallery(best)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         return {"why": f"{str(error) or type(error).__name__}. {OFFLINE}", "examples": []}
+    return _pictured(found)
+
+
+def _pictured(found: Gallery) -> dict[str, Any]:
+    """A gallery's pictures and sentences for the page."""
     eps, norm = found.attack.eps, found.attack.norm
     examples = []
     for each in found.examples:
