@@ -78,6 +78,7 @@ def build() -> Parser:
     _compare(verbs)
     _predict(verbs)
     _export(verbs)
+    _serve(verbs)
     _list(verbs)
     _demo(verbs)
     _completion(verbs)
@@ -252,6 +253,24 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--classes", metavar="JSON|NAMES", help="class names: a JSON file, or names with commas "
                    "(default: those the run was tuned on)")  # fmt: skip
     p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the run's)")
+
+
+def _serve(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "serve",
+        help="a local web page: attack a picture, see what the models say",
+        description="A local web page: choose a picture and an attack, see what undefended and tuned model say.",
+    )
+    p.add_argument(
+        "model", nargs="?", metavar="DIR|BACKBONE",
+        help="a run, a folder of runs, or a backbone alone (default: runs/demo, or TeCoA tuned at once)",
+    )  # fmt: skip
+    p.add_argument("--data", metavar="SPEC", help=f"example pictures and class names (default: the run's): {DATA_HELP}")
+    p.add_argument("--port", type=int, default=7860, metavar="N", help="0: any that is free (default 7860)")
+    p.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
+    p.add_argument("--no-browser", dest="browser", action="store_false", help="do not open a browser")
+    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
+    p.set_defaults(verb="serve")
 
 
 def _list(verbs: Any) -> None:

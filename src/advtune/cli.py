@@ -261,6 +261,12 @@ def export(args: argparse.Namespace) -> None:
     print(json.dumps(made, indent=1) if args.json else "\n".join(made["lines"]))
 
 
+def serve(args: argparse.Namespace) -> None:
+    from advtune.serve.server import serve as run
+
+    run(args.model, data=args.data, host=args.host, port=args.port, browser=args.browser, device=args.device)
+
+
 def list_(args: argparse.Namespace) -> None:
     from advtune.listing import listing
 
@@ -294,7 +300,7 @@ def completion(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": train, "evaluate": evaluate, "study": study, "report": report, "compare": compare,
-    "predict": predict, "export": export, "list": list_, "demo": demo, "completion": completion,
+    "predict": predict, "export": export, "serve": serve, "list": list_, "demo": demo, "completion": completion,
 }  # fmt: skip
 
 
