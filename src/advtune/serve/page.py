@@ -33,6 +33,10 @@ CSS = Path(__file__).with_name("page.css")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # names alone: nothing is fetched
 THUMB = 96
 FIRST = "pgd"
+SHOW = """() => {
+    const answer = document.getElementById("answer");
+    if (answer.getBoundingClientRect().top > 0.7 * innerHeight) answer.scrollIntoView();
+}"""  # on a phone the answer is below
 
 
 def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: float = 1) -> gr.Blocks:
@@ -75,8 +79,8 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
             return received(shelf, file, *given)
 
         picked = gallery.select(pick, None, [picture, preview], **quiet)
-        picked.then(answer, asked, out, scroll_to_output=True, **loud)
-        go.click(answer, asked, out, scroll_to_output=True, trigger_mode="always_last", **loud)
+        for done in (picked.then(answer, asked, out, **loud), go.click(answer, asked, out, **loud)):
+            done.then(None, js=SHOW)
         upload.upload(receive, [upload, *asked], [picture, preview, out], **loud)
         attack.change(lambda name: _budget(OFFERS[name]), attack, budget, **quiet)
         gr.on([names.blur, names.submit], leads, [names, away], away, **quiet)

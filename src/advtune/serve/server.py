@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -51,6 +52,7 @@ def serve(
             print(f"advtune: {host}: whoever reaches this machine can use the page", file=sys.stderr)
         if browser:
             webbrowser.open(address)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads go, however it ends
         try:
             _run(app(shelf, task), listening)
         except KeyboardInterrupt:
