@@ -94,6 +94,7 @@ def test_load_upload_attack_see_the_class_change(served, tab, tmp_path):
     tab.wait(READY)
     tab.shoot(tmp_path / "phone.png")
     assert tab.run("document.documentElement.scrollWidth <= innerWidth"), "nothing hangs over on a phone"
+    assert tab.run("[gradio_config.run_history, gradio_config.analytics_enabled]") == [False, False]
     elsewhere = [url for url in tab.requested if not url.startswith((address, "data:", "blob:", "about:"))]
     assert elsewhere == []
     assert tab.said == []
