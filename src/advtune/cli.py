@@ -137,11 +137,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
         resolution = int(resolution)
     model = runs.load(name, args.device, args.precision, args.compile)
     task = task_for(model, args.data, args.classes, args.template, args.subset)
-    return (
-        model,
-        task,
-        dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image),
-    )
+    return model, task, dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image)
 
 
 def study(args: argparse.Namespace) -> int:
