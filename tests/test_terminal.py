@@ -12,11 +12,12 @@ import sys
 import pytest
 
 from advtune import demo, terminal
-from advtune.arguments import START, build
+from advtune.arguments import build
 from advtune.cli import VERBS, main
 from advtune.comparison import compare
 from advtune.comparison import render as words
 from advtune.errors import near, suggest
+from advtune.examples import START
 from advtune.listing import listing
 from advtune.parsing import parse
 from advtune.report import render
@@ -207,7 +208,7 @@ def test_every_verb_prints_json_and_nothing_else(
         assert text and not text.startswith("\n") and text.endswith("\n")
         lines = text.splitlines() if arguments[0] == "audit" else [text]  # the others print one value here
         found.append([json.loads(line) for line in lines][-1])
-    assert {arguments[0] for arguments in calls} == set(VERBS) - {"completion"}  # which prints a script
+    assert {arguments[0] for arguments in calls} == set(VERBS) - {"completion", "serve"}  # a script, a page
     trained, evaluated = found[:2]
     assert (trained["run"], trained["config"]["method"], trained["last"]["step"]) == (run, "capt", 0)
     assert parse(build(), shlex.split(trained["next"])[1:]).model == run

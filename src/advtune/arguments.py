@@ -6,31 +6,9 @@ import argparse
 from typing import Any
 
 import advtune
-from advtune.examples import AUDIT, COMPLETION, STUDY
+from advtune.examples import AUDIT, COMPLETION, DESCRIPTION, EPILOG, STUDY
 from advtune.parsing import Parser
 
-DESCRIPTION = "Adversarially robust tuning of CLIP-style models, and evaluation that can be believed."
-START = f"""\
-advtune {advtune.__version__}: {DESCRIPTION[0].lower()}{DESCRIPTION[1:]}
-
-three commands to try, offline, on what is in the package:
-  advtune evaluate zero-shot --data fashion-mnist-mini --limit 100 --attack pgd -a eps=1/255 -a steps=10
-                          how often an untuned model is right, and how often under attack
-  advtune demo            four methods tuned, attacked and set side by side, in minutes
-  advtune list methods    what can be tuned, with every option
-
-verbs: {{}}
-what one of them takes: advtune VERB --help
-"""
-EPILOG = """\
-a first run, offline, on what is in the package:
-  advtune train capt --data fashion-mnist-mini --shots 16 --epochs 5 --out runs/capt
-  advtune evaluate runs/capt --data fashion-mnist-mini --limit 200 --attack pgd -a eps=1/255 -a steps=20
-  advtune report runs/capt
-
-your own images (one folder a class) and your own CLIP:
-  advtune train tecoa --backbone openai/clip-vit-base-patch32 --data folder:photos --out runs/photos
-"""
 DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
 BACKBONE_HELP = (
     "mini, a folder in Hugging Face CLIP format, a hub id (openai/clip-vit-base-patch32), or a run folder "
@@ -56,6 +34,7 @@ def build() -> Parser:
     _compare(verbs)
     _predict(verbs)
     _export(verbs)
+    _serve(verbs)
     _list(verbs)
     _demo(verbs)
     _completion(verbs)
@@ -265,6 +244,24 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--classes", metavar="JSON|NAMES", help="class names: a JSON file, or names with commas "
                    "(default: those the run was tuned on)")  # fmt: skip
     p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the run's)")
+
+
+def _serve(verbs: Any) -> None:
+    p = verbs.add_parser(
+        "serve",
+        help="a local web page: attack a picture, see what the models say",
+        description="A local web page: choose a picture and an attack, see what undefended and tuned model say.",
+    )
+    p.add_argument(
+        "model", nargs="?", metavar="DIR|BACKBONE",
+        help="a run, a folder of runs, or a backbone alone (default: runs/demo, or TeCoA tuned at once)",
+    )  # fmt: skip
+    p.add_argument("--data", metavar="SPEC", help=f"example pictures and class names (default: the run's): {DATA_HELP}")
+    p.add_argument("--port", type=int, default=7860, metavar="N", help="0: any that is free (default 7860)")
+    p.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default 127.0.0.1)")
+    p.add_argument("--no-browser", dest="browser", action="store_false", help="do not open a browser")
+    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
+    p.set_defaults(verb="serve")
 
 
 def _list(verbs: Any) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from advtune.arguments import START, build
+from advtune.arguments import build
 from advtune.errors import UserError, near, suggest
+from advtune.examples import START
 from advtune.parsing import parse
 
 
@@ -187,7 +188,7 @@ def study(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> None:
     from advtune.report import render, render_against
     from advtune.report.found import gather
-    from advtune.results import write_atomic
+    from advtune.results import files_in, write_atomic
     from advtune.terminal import page as show
 
     if not args.dirs and not args.against:
@@ -198,7 +199,7 @@ def report(args: argparse.Namespace) -> None:
         raise UserError("--format html: name the page's file: --out report.html")
     if args.format == "html" or args.figures:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a report downloads neither models nor data
-    rows, folders = gather([file for name in args.dirs for file in _rows_in(Path(name))])
+    rows, folders = gather([file for name in args.dirs for file in files_in(Path(name))])
     if args.figures:
         from advtune.report.figures import write_figures
 
@@ -219,21 +220,13 @@ def report(args: argparse.Namespace) -> None:
         print(text, end="" if text.endswith("\n") else "\n")
 
 
-def _rows_in(place: Path) -> list[Path]:
-    """The files of result rows under a path."""
-    found = [place] if place.is_file() else sorted(place.rglob("results.jsonl"))
-    if not found:
-        raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {place} --data ... --attack pgd")
-    return found
-
-
 def compare(args: argparse.Namespace) -> None:
     from advtune.comparison import compare as run
     from advtune.comparison import render
-    from advtune.results import read
+    from advtune.results import files_in, read
     from advtune.terminal import page
 
-    found = run(*(read(*_rows_in(Path(side))) for side in (args.first, args.second)))
+    found = run(*(read(*files_in(Path(side))) for side in (args.first, args.second)))
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -259,6 +252,12 @@ def export(args: argparse.Namespace) -> None:
         private=args.private,
     )  # fmt: skip
     print(json.dumps(made, indent=1) if args.json else "\n".join(made["lines"]))
+
+
+def serve(args: argparse.Namespace) -> None:
+    from advtune.serve.server import serve as run
+
+    run(args.model, data=args.data, host=args.host, port=args.port, browser=args.browser, device=args.device)
 
 
 def list_(args: argparse.Namespace) -> None:
@@ -294,7 +293,7 @@ def completion(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": train, "evaluate": evaluate, "audit": audit, "study": study, "report": report, "compare": compare,
-    "predict": predict, "export": export, "list": list_, "demo": demo, "completion": completion,
+    "predict": predict, "export": export, "serve": serve, "list": list_, "demo": demo, "completion": completion,
 }  # fmt: skip
 
 

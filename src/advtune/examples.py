@@ -1,4 +1,29 @@
-"""What --help shows below the options of a verb: commands to copy, a file to begin with."""
+"""What the command line shows to learn from: how to begin, and below the options of a verb commands to copy."""
+
+import advtune
+
+DESCRIPTION = "Adversarially robust tuning of CLIP-style models, and evaluation that can be believed."
+START = f"""\
+advtune {advtune.__version__}: {DESCRIPTION[0].lower()}{DESCRIPTION[1:]}
+
+three commands to try, offline, on what is in the package:
+  advtune evaluate zero-shot --data fashion-mnist-mini --limit 100 --attack pgd -a eps=1/255 -a steps=10
+                          how often an untuned model is right, and how often under attack
+  advtune demo            four methods tuned, attacked and set side by side, in minutes
+  advtune list methods    what can be tuned, with every option
+
+verbs: {{}}
+what one of them takes: advtune VERB --help
+"""
+EPILOG = """\
+a first run, offline, on what is in the package:
+  advtune train capt --data fashion-mnist-mini --shots 16 --epochs 5 --out runs/capt
+  advtune evaluate runs/capt --data fashion-mnist-mini --limit 200 --attack pgd -a eps=1/255 -a steps=20
+  advtune report runs/capt
+
+your own images (one folder a class) and your own CLIP:
+  advtune train tecoa --backbone openai/clip-vit-base-patch32 --data folder:photos --out runs/photos
+"""
 
 STUDY = """\
 examples, offline, on what is in the package:

@@ -237,6 +237,14 @@ def _cut(line: bytes) -> bool:
     return False  # whole, so not cut: a row of another schema, or a wrong one
 
 
+def files_in(place: Path) -> list[Path]:
+    """The files of result rows under a path. Raises UserError when there are none."""
+    found = [place] if place.is_file() else sorted(place.rglob("results.jsonl"))
+    if not found:
+        raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {place} --data ... --attack pgd")
+    return found
+
+
 def _not_a_number(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 

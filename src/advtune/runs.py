@@ -61,8 +61,7 @@ def load_run(folder: Path, device: str, precision: str, compile: bool = False) -
     """The tuned model of a run folder: its backbone, checked by content, with the delta applied."""
     config = read_config(folder)
     facts = config["backbone"]
-    beside = folder / facts["path"] if facts["path"] else Path()
-    base = load(str(beside) if facts["path"] and beside.is_dir() else facts["name"], device, precision, compile)
+    base = load(backbone_of(folder, config), device, precision, compile)
     if base.origin.sha256 != facts["sha256"]:
         raise UserError(f"{folder}: backbone {facts['name']!r} has other content than the one the run was tuned on")
     try:
@@ -73,6 +72,13 @@ def load_run(folder: Path, device: str, precision: str, compile: bool = False) -
     model = base.with_delta(delta).with_preprocess(Preprocess(**stored))
     model.template, model.classes = config.get("prompt_template", ""), tuple(config.get("prompt_classes", ()))
     return settle(model, base, config, read_json(folder / IMAGES), folder)
+
+
+def backbone_of(folder: Path, config: dict[str, Any]) -> str:
+    """What a run was tuned on top of: where it lies as seen from the run folder, else by its name."""
+    facts = config["backbone"]
+    beside = folder / facts["path"] if facts["path"] else Path()
+    return str(beside) if facts["path"] and beside.is_dir() else str(facts["name"])
 
 
 def settle(model: VLM, base: VLM, config: dict[str, Any], hashes: list[str], folder: Path | None) -> VLM:
