@@ -81,3 +81,13 @@ def text(t, config, tokens, prompts=None):
     ends = [row.tolist().index(config.end_token) for row in padded]
     last = torch.stack([x[row, end] for row, end in enumerate(ends)])
     return norm(last, t, "text_model.final_layer_norm", tower.eps) @ t["text_projection.weight"].T
+
+
+def check_text_gradients(ours, theirs, embed, tensors, prompts, random):
+    """Features of one set of texts have the same gradients by the token embeddings and, where given, by prompts."""
+    weight = torch.randn(ours.shape, generator=random, dtype=torch.float64)
+    leaves = [embed, *([prompts] if prompts is not None else [])]
+    others = [tensors["text_model.embeddings.token_embedding.weight"], *leaves[1:]]
+    mine = torch.autograd.grad((ours * weight).sum(), leaves)
+    for own, other in zip(mine, torch.autograd.grad((theirs * weight).sum(), others), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-10)

@@ -143,12 +143,7 @@ def test_the_shared_beginning_is_exact_and_computed_once(name, vlm):
     heads, tails = [s for s in seen if s == (1, p)], [s for s in seen if s == (len(texts), length - p)]
     assert len(tails) >= config.text.layers and len(heads) >= config.text.layers - 1
     assert set(seen) == {(1, p), (len(texts), length - p)}
-    weight = torch.randn(ours.shape, generator=random, dtype=torch.float64)
-    leaves = [embed, *([prompts] if prompts is not None else [])]
-    others = [tensors["text_model.embeddings.token_embedding.weight"], *leaves[1:]]
-    mine = torch.autograd.grad((ours * weight).sum(), leaves)
-    for own, other in zip(mine, torch.autograd.grad((theirs * weight).sum(), others), strict=True):
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
+    naive.check_text_gradients(ours, theirs, embed, tensors, prompts, random)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -145,7 +145,8 @@ def test_the_device_is_never_asked_in_the_loop(name, late, monkeypatch):
 def test_a_training_attack_asks_nothing_of_the_device():
     from advtune.attacks import PGD
 
-    f, x = Net(), images(8)
+    f, x = Recorded(Net()), images(8)
     y = f(x).argmax(1)
     with quiet():
         PGD(eps=0.1, steps=3, keep="last", early_stop=False)(f, x, y, cross_entropy)
+    assert f.sizes == [8] * 4  # the labels, then a gradient a step

@@ -40,12 +40,7 @@ def test_portions_equal_the_naive_tower(kind, memory, portions_of, vlm, monkeypa
     theirs = naive.text(tensors, config, tokens, prompts)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     first = len(seen)
-    weight = torch.randn(ours.shape, generator=random, dtype=torch.float64)
-    leaves = [embed, *([prompts] if prompts is not None else [])]
-    others = [tensors["text_model.embeddings.token_embedding.weight"], *leaves[1:]]
-    mine = torch.autograd.grad((ours * weight).sum(), leaves)
-    for own, other in zip(mine, torch.autograd.grad((theirs * weight).sum(), others), strict=True):
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
+    naive.check_text_gradients(ours, theirs, embed, tensors, prompts, random)
     assert first == portions_of
     assert len(seen) == (first if memory == float("inf") else 2 * first)  # twice only for memory
 

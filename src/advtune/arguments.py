@@ -137,10 +137,7 @@ def _study(verbs: Any) -> None:
     p.add_argument("--dry-run", action="store_true", help="print the runs and what they cost; writes nothing")
     p.add_argument("--json", action="store_true", help="print the rows (with --dry-run: the runs) as JSON")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
-    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
-    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
-    p.add_argument("--compile", action="store_true",
-                   help="image tower through torch.compile, worth its minute in long runs")  # fmt: skip
+    _machine(p)
     p.set_defaults(verb="study")
 
 
@@ -150,6 +147,14 @@ def images(text: str) -> int | None:
         return None if text == "all" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor all") from None
+
+
+def _machine(p: argparse.ArgumentParser, compile: bool = True) -> None:
+    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
+    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    if compile:
+        p.add_argument("--compile", action="store_true",
+                       help="image tower through torch.compile, worth its minute in long runs")  # fmt: skip
 
 
 def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int | None = None) -> None:
@@ -167,10 +172,7 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int 
     p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the data set's)")
     p.add_argument("--resolution", metavar="N|native", help="side of the attacked image (default: the model's)")
     p.add_argument("--on-bad-image", default="fail", choices=("fail", "skip"), help="on a corrupt image (default fail)")
-    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
-    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
-    p.add_argument("--compile", action="store_true",
-                   help="image tower through torch.compile, worth its minute in long runs")  # fmt: skip
+    _machine(p)
 
 
 def _report(verbs: Any) -> None:
@@ -216,8 +218,7 @@ def _predict(verbs: Any) -> None:
     p.add_argument("--json", action="store_true", help="print a line of JSON for each image")
     p.add_argument("--top", type=int, default=5, metavar="K", help="classes named for each image (default 5)")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
-    p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
-    p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    _machine(p, compile=False)
     p.set_defaults(verb="predict")
 
 
