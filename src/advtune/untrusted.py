@@ -43,10 +43,11 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path))
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError for what is not JSON, or nested beyond what Python can follow."""
+def parse_json(text: str | bytes, constant: Callable[[str], Any] | None = None) -> Any:
+    """What JSON says; `constant` makes something of NaN and Infinity. Raises ValueError for what is not JSON, or nested
+    beyond what Python can follow."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
