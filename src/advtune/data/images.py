@@ -102,7 +102,7 @@ def decode(data: bytes, resolution: int | str) -> np.ndarray:
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"not a picture, or in none of the formats {', '.join(FORMATS)}") from None
+        raise ValueError(f"none of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than {PIXELS / 1e6:.0f} million pixels") from None
     with opened:

@@ -13,6 +13,7 @@ from advtune.errors import UserError
 from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.table import BLIND, flat, pixels, sections, shown, slice_name, table
 from advtune.results import Row
+from advtune.untrusted import cell, visible
 
 Line = dict[str, Any]
 CAPTION = (
@@ -224,14 +225,14 @@ def _column(texts: Iterable[str]) -> str:
 
 
 def csv_text(lines: Sequence[Line]) -> str:
-    """One record a line; nested facts as dotted columns, lists as JSON."""
+    """One record a line; nested facts as dotted columns, lists as JSON, texts as no spreadsheet computes them."""
     records = [flat(line) for line in lines]
     columns = list(dict.fromkeys(key for record in records for key in record))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for record in records:
-        writer.writerow([_field(record.get(key)) for key in columns])
+        writer.writerow([cell(_field(record.get(key))) for key in columns])
     return out.getvalue()
 
 
@@ -247,7 +248,7 @@ def json_text(lines: Sequence[Line]) -> str:
 
 def escape(text: str) -> str:
     """Plain text for GitHub: no table bar, emphasis, link, HTML or formula comes out of a name."""
-    text = re.sub(r"([\\`*\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*\[\]<>|~$&])", r"\\\1", visible(" ".join(text.split())))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
