@@ -89,8 +89,7 @@ def runs_under(folder: Path) -> dict[str, Path]:
 
 def undefended(folder: Path) -> str:
     """The backbone below a run, and below the runs that it was tuned on."""
-    name = runs.backbone_of(folder, runs.read_config(folder))
-    return undefended(Path(name)) if name not in EMBEDDED and runs.is_run(name) else name
+    return runs.below(str(folder))[-1]
 
 
 def quick_run(entry: Entry, device: str = "auto") -> Path:
