@@ -35,6 +35,7 @@ LATEX = {
     "·": r"$\cdot$",
     "\n": " ",
     "\r": " ",
+    "\t": " ",
 } | {special: "\\" + special for special in "&%_#${}"}
 LONG = 24  # letters of a cell, beyond which its column is broken into lines
 LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"  # those of Latin-1 that OT1 fonts have
@@ -254,4 +255,7 @@ def escape(text: str) -> str:
 
 def tex(text: str) -> str:
     """Plain text for LaTeX; a letter that a bare article cannot set is written as its code point."""
-    return "".join(LATEX.get(c) or (c if c.isascii() or c in LETTERS else f"{{[}}U+{ord(c):04X}]") for c in text)
+    return "".join(
+        LATEX.get(c) or (c if (c.isascii() and c.isprintable()) or c in LETTERS else f"{{[}}U+{ord(c):04X}]")
+        for c in text
+    )
