@@ -21,6 +21,11 @@ from advtune.untrusted import parse_json
 
 SCHEMA = 1
 KINDS: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
+NEEDED = {  # inside of some fields: what a table reads, and whether it is a number
+    "zero_gradient": {"share": True, "n": True},
+    "stages": {"attack": False, "attacked": True, "fell": True},
+    "checks": {"name": False, "alarm": True, "value": True, "n": True, "text": False},
+}
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
 
 
@@ -154,6 +159,10 @@ def check_kinds(row: Row) -> None:
         wanted = str if "str]" in kind else dict
         if not isinstance(value, KINDS[kind.partition("[")[0]]) or not all(isinstance(one, wanted) for one in inside):
             raise ValueError(f"{each.name} is no {kind}")
+        for one in value if isinstance(value, list) else [value]:
+            for key, number in NEEDED.get(each.name, {}).items():
+                if not isinstance(one.get(key), (int, float) if number else str):
+                    raise ValueError(f"{each.name} without {key}")
 
 
 def append(path: str | os.PathLike[str], row: Row) -> None:
