@@ -17,8 +17,15 @@ from typing import Any
 
 from advtune import __version__
 from advtune.errors import UserError
+from advtune.untrusted import parse_json
 
 SCHEMA = 1
+KINDS: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
+NEEDED = {  # inside of some fields: what a table reads, and whether it is a number
+    "zero_gradient": {"share": True, "n": True},
+    "stages": {"attack": False, "attacked": True, "fell": True},
+    "checks": {"name": False, "alarm": True, "value": True, "n": True, "text": False},
+}
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
 
 
@@ -105,6 +112,7 @@ class Row:
     flags: dict[str, str]  # clean, robust, after <stage>: one 0 or 1 an image, in the split's order
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.schema != SCHEMA:
             raise ValueError(f"schema {self.schema}, this version reads {SCHEMA}")
         if (self.attack is None) != (self.robust is None):
@@ -126,7 +134,7 @@ class Row:
     @classmethod
     def from_json(cls, text: str | bytes) -> Row:
         """Raises ValueError when the text is not a row, or one of another schema."""
-        facts = json.loads(text, parse_constant=_not_a_number)
+        facts = parse_json(text, _not_a_number)
         if not isinstance(facts, dict) or "schema" not in facts:
             raise ValueError("not a result row")
         if facts["schema"] != SCHEMA:
@@ -135,6 +143,26 @@ class Row:
             return cls(**facts)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a result row: {error}") from error
+
+
+def check_kinds(row: Row) -> None:
+    """Raises ValueError for a field that is not of its kind: strangers' rows are tabulated, too."""
+    for each in dataclasses.fields(row):
+        value, kind = getattr(row, each.name), str(each.type)
+        if value is None and kind.endswith("| None"):
+            continue
+        inside: Iterable[Any] = ()
+        if kind.startswith("list["):
+            inside = value if isinstance(value, list) else ()
+        elif kind == "dict[str, str]":
+            inside = value.values() if isinstance(value, dict) else ()
+        wanted = str if "str]" in kind else dict
+        if not isinstance(value, KINDS[kind.partition("[")[0]]) or not all(isinstance(one, wanted) for one in inside):
+            raise ValueError(f"{each.name} is no {kind}")
+        for one in value if isinstance(value, list) else [value]:
+            for key, number in NEEDED.get(each.name, {}).items():
+                if not isinstance(one.get(key), (int, float) if number else str):
+                    raise ValueError(f"{each.name} without {key}")
 
 
 def append(path: str | os.PathLike[str], row: Row) -> None:
@@ -232,7 +260,7 @@ def _cut(line: bytes) -> bool:
         return START.startswith(line)
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False  # whole, so not cut: a row of another schema, or a wrong one
 
