@@ -53,8 +53,8 @@ API = {
     "studies": (
         "Studies, rows, reports",
         "Grids of runs, what an evaluation leaves behind, and what is made of it.",
-        "study.Study study.run_study study.plan protocols.Run protocols.Slice grid.work grid.Outcome results.read "
-        "results.wilson report.render checks.Finding export.export",
+        "study.Study study.run_study study.plan protocols.Run protocols.Slice grid.work grid.Outcome engines.ray.Ray "
+        "engines.slurm.Slurm results.read results.wilson report.render checks.Finding export.export",
     ),
 }
 

@@ -4,7 +4,7 @@ The name of each test says what is done with the command:
 run      - by `advtune.cli.main`, with its own verbs, flags, options, names and files. What stands in: a random CLIP
            with 16 px for every backbone that we name, 4 classes of 18 images for every set of the catalog and for
            `photos`, one epoch of training, the first two runs of a study, short stages of AutoAttack, a hub that only
-           listens. A name that does not exist fails.
+           listens, this process for Ray's workers. A name that does not exist fails.
 parsed   - in the prose: the verb, its flags and the names of methods, attacks and data sets are known.
 checked  - another program: a target of the Makefile, or a package of an extra.
 """
@@ -127,10 +127,11 @@ def world(place, clip_folder, tmp_path, monkeypatch):
 
 def stand_in(patch, backbone, photos):
     """Small things in the place of large ones; what has no such name stays unknown."""
-    from advtune import cost, demo, export, methods, pretrained, protocols, study, train
+    from advtune import cost, demo, export, grid, methods, pretrained, protocols, study, train
     from advtune.attacks import ATTACKS, Free, autoattack
     from advtune.data import task
     from advtune.data.sources import open_folder
+    from advtune.engines import Ray
     from advtune.listing import HUB_BACKBONES
 
     def quick(name, options=(), attack=(), configure=methods.configure):
@@ -148,6 +149,7 @@ def stand_in(patch, backbone, photos):
     patch.setattr(task, "open_named", lambda name: open_folder(str(photos)))
     patch.setattr(study, "plan", lambda wanted, plan=study.plan: plan(wanted)[:2])
     patch.setattr(cost, "SECONDS", 0.01)
+    patch.setattr(Ray, "__call__", lambda self, todo, bench: grid.in_turn(todo, bench))
     patch.setattr(autoattack, "APGD", partial(autoattack.APGD, steps=5))
     patch.setattr(autoattack, "FAB", partial(autoattack.FAB, steps=3))
     patch.setattr(autoattack, "Square", partial(autoattack.Square, queries=20))
@@ -166,13 +168,23 @@ def words(command):
     return [STANDS_FOR.get(word, word) for word in given[1:]]
 
 
+def out_of(given):
+    return given[given.index("--out") + 1] if "--out" in given else None
+
+
 @of("run")
 def test_is_run(command, world, capsys):
+    from advtune.results import write_atomic
+    from advtune.study import from_flags, write
+
     given = words(command)
     for earlier in (each for each in FOUND if each.how == "run" and each.page == command.page):
         tuned = words(earlier)
         if earlier.line < command.line and tuned[0] == "train" and not Path(tuned[tuned.index("--out") + 1]).exists():
             shutil.copytree("runs/tecoa", tuned[tuned.index("--out") + 1])
+        if earlier.line < command.line and tuned[0] == "study" and given[1] == f"{out_of(tuned)}/study.toml":
+            asked = from_flags(vars(arguments.build().parse_args(tuned)))
+            write_atomic(given[1], write(asked))
     if "--out" in given and given[0] == "train":
         shutil.rmtree(given[given.index("--out") + 1], ignore_errors=True)
     before = set(Path().rglob("*"))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 import advtune
-from advtune import cost, grid, runs
+from advtune import answers, cost, grid, runs
 from advtune.attacks import PGD, AutoAttack
 from advtune.cli import main
 from advtune.data.catalog import catalog
@@ -205,10 +205,10 @@ def test_more_attacks_do_not_tune_again(study, calls, tmp_path):
     assert len(read(*out.rglob("results.jsonl"))) == 4
     for changed in ({"steps": 3}, {"loss": "margin"}, {"step_size": "1/255"}):
         run = plan(replace(study, attacks=({**QUICK, **changed},)))[1]
-        assert grid.missing(run, grid.rows_of(run, out / run.key)), changed
+        assert answers.missing(run, answers.rows_of(run, out / run.key)), changed
     for changed in (replace(study, limit=3), replace(study, attack_seed=1)):
         run = plan(changed)[1]
-        assert grid.missing(run, grid.rows_of(run, out / run.key))
+        assert answers.missing(run, answers.rows_of(run, out / run.key))
 
 
 def test_a_failed_run_does_not_stop_the_rest(study, tmp_path, monkeypatch, capsys):
@@ -290,8 +290,8 @@ def test_rows_of_other_settings_are_refused(study, clip_folder, tmp_path):
         {"train": {**rows[0].train, "seed": 5}},
         {"method": "capt"},
     ):
-        assert not grid.tuned_as(replace(rows[0], **changes), run), changes
-    assert grid.tuned_as(rows[0], run)
+        assert not answers.tuned_as(replace(rows[0], **changes), run), changes
+    assert answers.tuned_as(rows[0], run)
     (out / run.key / runs.RESULTS).write_text(replace(rows[0], method="capt").to_json() + "\n")
     assert "made with other settings" in run_study(replace(study, methods=("tecoa",)), out).failed[0].error
     (out / run.key / runs.RESULTS).write_text(
@@ -318,10 +318,10 @@ def test_rows_that_a_study_would_not_have_made_are_no_answer(study, calls, image
         assert [row.flags for row in again.rows] == [row.flags for row in own]
         assert len(read(folder / runs.RESULTS)) == 2
     for changes in ({"skipped": ["x"]}, {"subset": "base"}, {"shots": 1}, {"limit": 3}, {"spec": "cifar10"}):
-        assert not grid.answers(replace(own[0], data={**own[0].data, **changes}), run, run.tests[0], run.attacks[0])
+        assert not answers.answers(replace(own[0], data={**own[0].data, **changes}), run, run.tests[0], run.attacks[0])
         if "spec" not in changes:
             other = replace(own[0], train={**own[0].train, "shots": 1, **changes})
-            assert grid.tuned_as(other, run) == (changes == {"shots": 1})
+            assert answers.tuned_as(other, run) == (changes == {"shots": 1})
 
 
 def test_an_evaluation_by_hand_beside_the_study_s_own_is_left_alone(study, images, tmp_path):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import advtune
+from advtune.engines import flags
 from advtune.examples import AUDIT, COMPLETION, DESCRIPTION, EPILOG, STUDY
 from advtune.parsing import Parser
 
@@ -138,6 +139,7 @@ def _study(verbs: Any) -> None:
     p.add_argument("--json", action="store_true", help="print the rows (with --dry-run: the runs) as JSON")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
     _machine(p)
+    flags.add(p)
     p.set_defaults(verb="study")
 
 

@@ -152,7 +152,8 @@ def audit(args: argparse.Namespace) -> None:
 
 
 def study(args: argparse.Namespace) -> int:
-    from advtune.study import FILE, from_flags, plan, run_study
+    from advtune.engines.flags import again, chosen
+    from advtune.study import from_flags, plan, run_study
 
     asked = from_flags(vars(args))
     if args.dry_run:
@@ -164,7 +165,7 @@ def study(args: argparse.Namespace) -> int:
         raise UserError("study: --out DIR is missing: the folder that gets the runs (--dry-run needs none)")
     outcome = run_study(
         asked, args.out, extend=args.extend, device=args.device, precision=args.precision,
-        batch_size=args.batch_size, compile=args.compile,
+        batch_size=args.batch_size, compile=args.compile, engine=chosen(args), only=args.run,
     )  # fmt: skip
     if args.json:
         print("".join(f"{row.to_json()}\n" for row in outcome.rows), end="")
@@ -177,14 +178,9 @@ def study(args: argparse.Namespace) -> int:
         print(f"\nEvery setting: {shlex.join(['advtune', 'report', args.out])}")
         if asked.paper:
             print(f"Beside the paper's: {shlex.join(['advtune', 'report', '--against', asked.paper, args.out])}")
-    way = (("--device", args.device, "auto"), ("--precision", args.precision, "auto"),
-           ("--batch-size", args.batch_size, 64))  # fmt: skip
-    flags = [str(part) for flag, value, usual in way if value != usual for part in (flag, value)]
-    again = shlex.join(
-        ["advtune", "study", str(Path(args.out) / FILE), "--out", args.out, *flags, *["--compile"] * args.compile]
-    )
     if outcome.failed:
-        print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {again}", file=sys.stderr)
+        way = shlex.join(["advtune", *again(args)])
+        print(f"advtune: {len(outcome.failed)} failed; mend what is wrong and try them again: {way}", file=sys.stderr)
     return 1 if outcome.failed else 0
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from advtune import runs
+from advtune.answers import Todo, missing, rows_of
 from advtune.attacks import PGD, Attack
 from advtune.data import Task, load_task
 from advtune.data.catalog import entry as facts_of
 from advtune.data.catalog import names
 from advtune.errors import UserError
-from advtune.grid import Todo, clock, missing, rows_of
+from advtune.progress import clock
 from advtune.protocols import ZERO_SHOT, Run
 from advtune.rows import attack_facts
 from advtune.vlm import VLM, Batch

@@ -30,6 +30,7 @@ examples, offline, on what is in the package:
   advtune study few-shot --methods zero-shot tecoa --data fashion-mnist-mini --shots 1 4 --seeds 0 1 \\
       --epochs 2 --limit 100 --eps 1/255 --out runs/few --dry-run      (what would be run, and how long it takes)
   advtune study runs/few/study.toml --out runs/few                     (goes on, or says that all is done)
+  advtune study runs/few/study.toml --out runs/few --engine slurm      (writes an array script, a task a run)
   advtune study base-to-new --methods capt --data fashion-mnist-mini --epochs 2 --out runs/base-new
 
 a study as a file, to keep; flags lie over what it says:

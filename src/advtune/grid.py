@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from advtune import runs
+from advtune.answers import answers, identity, missing, rows_of
 from advtune.data import Task, load_task
-from advtune.data.catalog import entry, names
-from advtune.data.task import TEMPLATE
 from advtune.errors import UserError
 from advtune.evaluation import evaluate_all
-from advtune.options import as_options
+from advtune.progress import Tally
 from advtune.protocols import ZERO_SHOT, Run, Slice, slug
-from advtune.results import Row, append, read, write_atomic
-from advtune.rows import WHITE_BOX, attack_facts
+from advtune.results import Row, append, write_atomic
 from advtune.train import tune
 from advtune.vlm import VLM
 
-FAILED, TRACEBACKS, LOCK = "failed.jsonl", "tracebacks", ".lock"
-Todo = list[tuple[Slice, list[Any]]]
+FAILED, TRACEBACKS, LOCK, CLAIMS = "failed.jsonl", "tracebacks", ".lock", ".claims"
 
 
 @dataclass(frozen=True)
@@ -95,80 +91,139 @@ class Bench:
             self.contents.setdefault(what, (value, self.out / run.key))
 
 
+# What an engine says of a run: its place in the plan, what failed of it, how many others run (None: one at a time).
+Report = tuple[int, list[Failure], int | None]
+Engine = Callable[[Mapping[int, Run], Bench], Generator[Report, None, None]]
+
+
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keeps other processes from working in OUT. Raises UserError when one does."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as file:
+def locked(path: Path, refusal: str = "", shared: bool = False) -> Iterator[None]:
+    """Holds a lock file, alone or with others that share it. Raises UserError with `refusal`, if there is one, when
+    another process holds it, else waits. The lock goes with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
         with suppress(ImportError):  # Windows: nobody is kept away
             import fcntl
 
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0))
             except BlockingIOError:
-                raise UserError(f"{out}: another process works here; wait for it, or choose another --out") from None
+                raise UserError(refusal) from None
         yield  # closing the file lets go
 
 
-def work(wanted: Sequence[Run], out: str | Path, **how: Any) -> Outcome:
+def alone(out: Path, shared: bool = False) -> AbstractContextManager[None]:
+    """Keeps other processes from working in OUT, but those that share it: tasks that do one run each. Raises UserError
+    when one does."""
+    return locked(out / LOCK, f"{out}: another process works here; wait for it, or choose another --out", shared)
+
+
+def claimed(out: Path, run: Run) -> AbstractContextManager[None]:
+    """Keeps other tasks of the study from this run. Raises UserError when one works on it."""
+    refusal = f"{out / run.key}: another task works on this run; wait for it"
+    return locked(out / CLAIMS / run.key.replace("/", "-"), refusal)
+
+
+def in_turn(todo: Mapping[int, Run], bench: Bench) -> Generator[Report, None, None]:
+    """The local engine: one run after the other, in this process."""
+    for place, run in todo.items():
+        yield place, do(run, bench), None
+
+
+def work(wanted: Sequence[Run], out: str | Path, engine: Engine = in_turn, **how: Any) -> Outcome:
     """Do what is not done of these runs, each in OUT/<key>: tune (an interrupted one goes on), then evaluate.
 
     Runs whose rows are all there are skipped without loading a model or an image. A run that fails leaves a line in
-    OUT/failed.jsonl and its traceback in OUT/tracebacks. how: device, precision, batch_size, show, compile. Raises
-    KeyboardInterrupt with a text that says how to go on, UserError when another process works in OUT.
+    OUT/failed.jsonl and its traceback in OUT/tracebacks. engine: who does them, see `advtune.engines`. how: device,
+    precision, batch_size, show, compile. Raises KeyboardInterrupt with a text that says how to go on, UserError when
+    another process works in OUT.
     """
     with alone(Path(out)):
-        return through(wanted, Bench(Path(out), **how))
+        return through(wanted, Bench(Path(out), **how), engine)
 
 
-def through(wanted: Sequence[Run], bench: Bench) -> Outcome:
-    """As `work`, in a folder that is this process's alone."""
-    out, outcome, begin, worked = bench.out, Outcome(), time.monotonic(), 0
+def through(wanted: Sequence[Run], bench: Bench, engine: Engine = in_turn, only: int | None = None) -> Outcome:
+    """As `work`, in a folder that is this process's alone; with `only`, the place of the one run to do, in a folder
+    that is shared with tasks that do others."""
     done = [is_done(run, bench) for run in wanted]  # reads what rows there are, before others are made
-    for i, (run, skip) in enumerate(zip(wanted, done, strict=True)):
-        try:
-            failed = [] if skip else do(run, bench)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"at run {i + 1} of {len(wanted)}; the same command goes on from there") from None
-        outcome.failed += failed
-        outcome.skipped += skip
+    mine = range(len(wanted)) if only is None else [only]
+    todo = {place: wanted[place] for place in mine if not done[place]}
+    tally, failed = Tally(len(mine), len(todo), bench.show), dict[int, list[Failure]]()
+    keep(bench.out, [], None if only is None else {wanted[only].key})
+    for place in (place for place in mine if done[place]):
+        tally.tell(wanted[place].key, "was done", None)
+    try:
+        with closing(engine(todo, bench)) as reports:
+            for place, found, running in reports:
+                failed[place] = found or disagreement(wanted[place], bench)
+                keep(bench.out, failed[place], {wanted[place].key})
+                tally.worked, tally.failed = tally.worked + 1, tally.failed + bool(failed[place])
+                state = f"failed: {failed[place][0].error}" if failed[place] else "done"
+                tally.tell(wanted[place].key, state, running)
+    except KeyboardInterrupt:
+        at = f"at run {tally.told + 1} of {len(mine)}"
+        raise KeyboardInterrupt(f"{at}; the same command goes on from there") from None
+    outcome = Outcome([], [each for place in sorted(failed) for each in failed[place]], len(mine) - len(todo))
+    for place in mine:
         with suppress(UserError):  # a folder of other rows is among the failures
-            outcome.rows += bench.rows(run)
-        worked += not skip
-        if bench.show:
-            seconds = time.monotonic() - begin
-            ahead = seconds / max(1, worked) * max(0, done.count(False) - worked)
-            state = f"failed: {failed[0].error}" if failed else "was done" if skip else "done"
-            times = f"{clock(seconds)} so far, about {clock(ahead)} left"
-            print(f"[{i + 1}/{len(wanted)}] {run.key}: {state} ({times})", file=sys.stderr, flush=True)
-    (out / FAILED).unlink(missing_ok=True)
-    if outcome.failed:
-        write_atomic(out / FAILED, "".join(json.dumps(asdict(each)) + "\n" for each in outcome.failed))
-    for reason in dict.fromkeys(each.error for each in outcome.failed) if bench.show else ():
-        first, *others = [each for each in outcome.failed if each.error == reason]
+            outcome.rows += bench.rows(wanted[place])
+    if bench.show:
+        tell_failures(outcome.failed, bench.out)
+    return outcome
+
+
+def tell_failures(failed: Sequence[Failure], out: Path) -> None:
+    """Each reason once, with the first run that failed for it."""
+    for reason in dict.fromkeys(each.error for each in failed):
+        first, *others = [each for each in failed if each.error == reason]
         where = first.key + (f" on {first.test}" if first.test else "")
         more = f" (and {len(others)} more)" if others else ""
         print(f"advtune: failed: {where}{more}: {reason} ({out / first.traceback})", file=sys.stderr)
-    return outcome
+
+
+def keep(out: Path, failed: Sequence[Failure], keys: Collection[str] | None) -> None:
+    """Put failures into OUT/failed.jsonl, in the place of those of the runs `keys` (None: of all)."""
+    path = out / FAILED
+    if not failed and not path.exists():
+        return
+    with locked(out / CLAIMS / FAILED):  # tasks of one study write it at the same time
+        kept = path.read_text().splitlines(keepends=True) if keys is not None and path.exists() else []
+        lines = [line for line in kept if json.loads(line)["key"] not in (keys or ())]
+        lines += [json.dumps(asdict(each)) + "\n" for each in failed]
+        if lines:
+            write_atomic(path, "".join(lines))
+        else:
+            path.unlink(missing_ok=True)
+
+
+def disagreement(run: Run, bench: Bench) -> list[Failure]:
+    """A failure where a run's new rows are not of what the study's others are of."""
+    try:
+        bench.rows(run)
+    except UserError as error:
+        return [failure(run, "", error, bench.out)]
+    return []
 
 
 def do(run: Run, bench: Bench) -> list[Failure]:
     """Tune unless the folder is finished, then add the rows that it lacks; what failed."""
     failed = list[Failure]()
-    try:
-        have = bench.rows(run)
-        model = tuned(run, bench)
-    except Exception as error:
-        return [failure(run, "", error, bench.out)]
-    for test, attacks in missing(run, have):
+    with ExitStack() as stack:
         try:
-            for row, attack in zip(evaluated(run, test, attacks, model, bench), attacks, strict=True):
-                bench.agree(run, identity(run, row))
-                if not any(answers(each, run, test, attack) for each in have):
-                    append(bench.out / run.key / runs.RESULTS, row)
-        except Exception as error:  # a set that cannot be had does not stop the others
-            name = test.data + ("" if test.subset == "all" else f", {test.subset} classes")
-            failed.append(failure(run, name, error, bench.out))
+            stack.enter_context(claimed(bench.out, run))
+            have = bench.rows(run)
+            model = tuned(run, bench)
+        except Exception as error:
+            return [failure(run, "", error, bench.out)]
+        for test, attacks in missing(run, have):
+            try:
+                for row, attack in zip(evaluated(run, test, attacks, model, bench), attacks, strict=True):
+                    bench.agree(run, identity(run, row))
+                    if not any(answers(each, run, test, attack) for each in have):
+                        append(bench.out / run.key / runs.RESULTS, row)
+            except Exception as error:  # a set that cannot be had does not stop the others
+                name = test.data + ("" if test.subset == "all" else f", {test.subset} classes")
+                failed.append(failure(run, name, error, bench.out))
     return failed
 
 
@@ -201,75 +256,6 @@ def is_done(run: Run, bench: Bench) -> bool:
         return False
 
 
-def rows_of(run: Run, folder: Path) -> list[Row]:
-    """The rows that answer a run, in its order, one an evaluation; others in its folder are left out. Raises UserError
-    when the folder holds rows of a model that was tuned otherwise: a name proves nothing."""
-    path = folder / runs.RESULTS
-    have = read(path) if path.is_file() else []
-    if not all(tuned_as(row, run) for row in have):
-        raise UserError(f"{folder}: its rows were made with other settings; remove it or choose another --out")
-    wanted = [(test, attack) for test in run.tests for attack in run.attacks]
-    found = [next((row for row in have if answers(row, run, *each)), None) for each in wanted]
-    return [row for row in found if row is not None]
-
-
-def missing(run: Run, have: Sequence[Row]) -> Todo:
-    """The evaluations that no row answers, as (slice, attacks in turn); a curve is gone through as a whole."""
-    todo: Todo = []
-    for test in run.tests:
-        lacks = [a for a in run.attacks if not any(answers(row, run, test, a) for row in have)]
-        if lacks and run.curve:
-            todo.append((test, list(run.attacks)))
-        else:
-            todo += [(test, [attack]) for attack in lacks]
-    return todo
-
-
-def answers(row: Row, run: Run, test: Slice, attack: Any) -> bool:
-    """Whether a row is this evaluation: the whole slice and every field of the attack, its seed included."""
-    facts = None if attack is None else plain({**attack_facts(attack), "seed": run.attack_seed})
-    same = plain(row.attack) == facts and row.threat == ("" if attack is None else WHITE_BOX)
-    return same and is_slice(row.data, row, spec=test.data, subset=test.subset, part=test.part, limit=test.limit)
-
-
-def tuned_as(row: Row, run: Run) -> bool:
-    """Whether a row's model was tuned as the run says; zero-shot says nothing of its backbone's tuning."""
-    if run.method == ZERO_SHOT:
-        return True
-    method, recipe, attack = run.configured()
-    facts, train = (run.method, as_options(method), as_options(recipe)), row.train or {}
-    same = facts == (row.method, row.options, row.recipe) and plain(attack_facts(attack)) == plain(train.get("attack"))
-    return same and train["seed"] == run.seed and is_slice(
-        train, row, spec=run.data, subset=run.subset, part=run.part, shots=run.shots, limit=run.limit
-    )  # fmt: skip
-
-
-def is_slice(facts: Mapping[str, Any], row: Row, *, spec: str, shots: int | None = None, **wanted: Any) -> bool:
-    """Whether a row's facts are of this slice as a study takes it: the set's own template, the model's resolution,
-    every image."""
-    wanted |= {"spec": spec, "shots": shots, "template": entry(spec)["template"] if spec in names() else TEMPLATE}
-    wanted |= {"resolution": row.backbone["image_size"], "skipped": []}
-    return wanted == {key: facts.get(key, "all" if key == "subset" else None) for key in wanted}
-
-
-def identity(run: Run, row: Row) -> dict[str, str]:
-    """What a row is of, by content: weights, images, class texts, precision. Where two rows of a study name the same
-    thing, it has the same value; an old row does not say all."""
-    data, train = ({"subset": "all"} | dict(facts or {}) for facts in (row.data, row.train))
-    tower = run.method == ZERO_SHOT and train.get("sha256")  # the backbone is a run itself
-    found = {
-        f"backbone {run.backbone}": row.model if tower else row.backbone["sha256"],
-        f"model of {run.key}": row.model,
-        "images of {spec} ({subset} classes, {part}, limit {limit})".format(**data): data["sha256"],
-        "class texts of {spec} ({subset} classes)".format(**data): data.get("texts_sha256", ""),
-        "precision": row.precision,
-    }
-    if run.method != ZERO_SHOT:
-        where = "images of {spec} ({subset} classes, {part}, limit {limit}, {shots} shots, seed {seed})"
-        found[where.format(**train)] = train["sha256"]
-    return {what: value for what, value in found.items() if value}
-
-
 def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
     """The reason in one line; the traceback goes into a file. A disk that takes no file ends the work."""
     text = " ".join(str(error).split())[:300]
@@ -278,15 +264,3 @@ def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
     path = out / TRACEBACKS / f"{name}.txt"
     write_atomic(path, "".join(traceback.format_exception(error)))
     return Failure(run.key, test, reason, str(path.relative_to(out)))
-
-
-def plain(facts: Any) -> Any:
-    """As JSON has it: tuples are lists."""
-    return json.loads(json.dumps(facts))
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people say them: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

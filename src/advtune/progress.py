@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -79,3 +80,34 @@ def track(
         for item in items:
             yield item
             advance()
+
+
+@dataclass
+class Tally:
+    """How far a list of runs is, told on stderr in a line a run."""
+
+    total: int
+    todo: int
+    show: bool
+    told: int = 0
+    worked: int = 0
+    failed: int = 0
+    begin: float = field(default_factory=time.monotonic)
+
+    def tell(self, key: str, state: str, running: int | None) -> None:
+        """One more run is over; running: how many others are under way, where several can be."""
+        self.told += 1
+        if not self.show:
+            return
+        seconds = time.monotonic() - self.begin
+        ahead = seconds / max(1, self.worked) * (self.todo - self.worked)
+        counts = "" if running is None else f"{running} running, {self.failed} failed; "
+        times = f"{counts}{clock(seconds)} so far, about {clock(ahead)} left"
+        print(f"[{self.told}/{self.total}] {key}: {state} ({times})", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

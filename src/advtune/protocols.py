@@ -106,6 +106,15 @@ class Run:
         return f"{place}/{slug(self.label or self.method)}/{detail}{digest}"
 
 
+def place_of(run: str, wanted: list[Run]) -> int:
+    """Where a run, by its key or its number, stands in a plan. Raises UserError when it does not."""
+    keys = [each.key for each in wanted]
+    place = keys.index(run) if run in keys else int(run) if run.isdecimal() else len(keys)
+    if place >= len(keys):
+        raise UserError(f"study: no run {run}; its runs are 0 to {len(keys) - 1}, --dry-run names them")
+    return place
+
+
 def local(spec: str) -> str:
     """A data spec or a backbone with its path written in one way: folder:./photos/ is folder:photos."""
     kind, colon, where = spec.rpartition(":") if spec.startswith(tuple(OPENERS)) else ("", "", spec)

@@ -14,10 +14,10 @@ from advtune.attacks import ATTACKS
 from advtune.data.catalog import names
 from advtune.data.task import FORMS, OPENERS
 from advtune.errors import UserError, near
-from advtune.grid import Bench, Outcome, alone, through
+from advtune.grid import Bench, Engine, Outcome, alone, in_turn, through
 from advtune.methods import METHODS
 from advtune.options import as_options, pairs
-from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_in_training, attacks_of, local
+from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_in_training, attacks_of, local, place_of
 from advtune.report.published import papers
 from advtune.results import write_atomic
 from advtune.untrusted import read_bytes
@@ -260,22 +260,24 @@ def plan(study: Study) -> list[Run]:
 
 def run_study(
     study: Study, out: str | Path, *, extend: bool = False, device: str = "auto", precision: str = "auto",
-    batch_size: int = 64, show: bool = True, compile: bool = False,
+    batch_size: int = 64, show: bool = True, compile: bool = False, engine: Engine = in_turn, only: str | None = None,
 ) -> Outcome:  # fmt: skip
     """Do every run of a study that is not done, into OUT/<key>; what came of it, with the rows of the whole study.
 
     A run that fails is kept in OUT/failed.jsonl and does not stop the rest. OUT/study.toml says what the folder is:
-    another study there is refused, unless `extend` puts this one in its place (what is done stays). Raises UserError
-    for a study that cannot be planned; KeyboardInterrupt says how to go on.
+    another study there is refused, unless `extend` puts this one in its place (what is done stays). engine: who does
+    the runs, of `advtune.engines`. only: the key, or the place from 0, of the one run to do, beside processes that do
+    others. Raises UserError for a study that cannot be planned; KeyboardInterrupt says how to go on.
     """
     out, wanted = Path(out), plan(study)
     if batch_size < 1:
         raise UserError(f"study: batch size {batch_size}: at least 1 image is needed")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give --out a folder")
-    with alone(out):
+    place = None if only is None else place_of(only, wanted)
+    with alone(out, shared=place is not None):
         claim(study, wanted, out, extend)
-        return through(wanted, Bench(out, device, precision, batch_size, show, compile))
+        return through(wanted, Bench(out, device, precision, batch_size, show, compile), engine, place)
 
 
 def claim(study: Study, wanted: list[Run], out: Path, extend: bool) -> None:
