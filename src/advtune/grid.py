@@ -6,8 +6,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from advtune import runs
 from advtune.data import Task, load_task
 from advtune.data.catalog import entry, names
 from advtune.data.task import TEMPLATE
+from advtune.disk import FULL, alone
 from advtune.errors import UserError
 from advtune.evaluation import evaluate_all
 from advtune.options import as_options
@@ -25,7 +26,7 @@ from advtune.rows import WHITE_BOX, attack_facts
 from advtune.train import tune
 from advtune.vlm import VLM
 
-FAILED, TRACEBACKS, LOCK = "failed.jsonl", "tracebacks", ".lock"
+FAILED, TRACEBACKS = "failed.jsonl", "tracebacks"
 Todo = list[tuple[Slice, list[Any]]]
 
 
@@ -95,27 +96,13 @@ class Bench:
             self.contents.setdefault(what, (value, self.out / run.key))
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keeps other processes from working in OUT. Raises UserError when one does."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as file:
-        with suppress(ImportError):  # Windows: nobody is kept away
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{out}: another process works here; wait for it, or choose another --out") from None
-        yield  # closing the file lets go
-
-
 def work(wanted: Sequence[Run], out: str | Path, **how: Any) -> Outcome:
     """Do what is not done of these runs, each in OUT/<key>: tune (an interrupted one goes on), then evaluate.
 
     Runs whose rows are all there are skipped without loading a model or an image. A run that fails leaves a line in
     OUT/failed.jsonl and its traceback in OUT/tracebacks. how: device, precision, batch_size, show, compile. Raises
-    KeyboardInterrupt with a text that says how to go on, UserError when another process works in OUT.
+    KeyboardInterrupt with a text that says where, UserError when another process works in OUT, OSError when the disk
+    is full.
     """
     with alone(Path(out)):
         return through(wanted, Bench(Path(out), **how))
@@ -128,8 +115,8 @@ def through(wanted: Sequence[Run], bench: Bench) -> Outcome:
     for i, (run, skip) in enumerate(zip(wanted, done, strict=True)):
         try:
             failed = [] if skip else do(run, bench)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"at run {i + 1} of {len(wanted)}; the same command goes on from there") from None
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"at run {i + 1} of {len(wanted)}") from None
         outcome.failed += failed
         outcome.skipped += skip
         with suppress(UserError):  # a folder of other rows is among the failures
@@ -272,6 +259,8 @@ def identity(run: Run, row: Row) -> dict[str, str]:
 
 def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
     """The reason in one line; the traceback goes into a file. A disk that takes no file ends the work."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise error
     text = " ".join(str(error).split())[:300]
     reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     name = run.key.replace("/", "-") + (f"-{slug(test)}" if test else "")
