@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 import advtune
-from advtune import answers, cost, grid, runs
+from advtune import answers, cost, disk, grid, runs
 from advtune.attacks import PGD, AutoAttack
 from advtune.cli import main
 from advtune.data.catalog import catalog
@@ -251,7 +251,7 @@ def test_a_half_done_run_goes_on(study, calls, tmp_path, monkeypatch):
         return evaluate_all(model, task, attacks, **how)
 
     monkeypatch.setattr(grid, "evaluate_all", killed)
-    with pytest.raises(KeyboardInterrupt, match="run 1 of 1; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="at run 1 of 1"):
         run_study(study, out)
     monkeypatch.setattr(grid, "evaluate_all", evaluate_all)
     weights = (out / plan(study)[0].key / runs.DELTA).stat().st_mtime_ns
@@ -418,14 +418,14 @@ def test_two_processes_do_not_work_in_one_folder(study, tmp_path, monkeypatch, c
     out = tmp_path / "out"
     path = tmp_path / "study.toml"
     path.write_text(write(study), encoding="utf-8")
-    with grid.alone(out):
+    with disk.alone(out):
         assert main(["study", str(path), "--out", str(out), "--extend"]) == 2
         assert "another process works here; wait for it, or choose another --out\n" in capsys.readouterr().err
         with pytest.raises(UserError, match="another process works here"):
             grid.work(plan(study), out)
-    assert [each.name for each in out.iterdir()] == [grid.LOCK]
+    assert [each.name for each in out.iterdir()] == [disk.LOCK]
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    with grid.alone(out), grid.alone(out):
+    with disk.alone(out), disk.alone(out):
         assert len(run_study(study, out, show=False).rows) == 2
 
 
@@ -638,7 +638,8 @@ def test_an_interrupt_says_how_to_go_on(study, tmp_path, monkeypatch, capsys):
     path = tmp_path / "study.toml"
     path.write_text(write(study), encoding="utf-8")
     assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 130
-    assert "interrupted; at run 1 of 2; the same command goes on" in capsys.readouterr().err
+    again = f"advtune study {path} --out {tmp_path / 'out'}"
+    assert capsys.readouterr().err.endswith(f"advtune: interrupted at run 1 of 2; go on with: {again}\n")
 
 
 def test_the_verb_says_what_failed(clip_folder, tmp_path, capsys):

@@ -30,7 +30,7 @@ def test_six_lines(clip_folder, image_folder):
 def test_a_run_folder_holds_only_what_was_learned(method, limit, vlm, task, tmp_path):
     model = train.tune(method, vlm, task, shots=2, epochs=1, out=tmp_path / "run", show=False)
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == ["config.json", "delta.safetensors", "images.json", "train.jsonl"]
+    assert names == ["SHA256SUMS", "config.json", "delta.safetensors", "images.json", "train.jsonl"]
     assert not (tmp_path / "run.partial").exists()
     delta = load_file(tmp_path / "run" / "delta.safetensors")
     kinds = {name.split(".")[0] for name in delta}
@@ -84,6 +84,7 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
     del older["prompt_classes"], older["prompt_template"], older["recipe"]["warmup_share"]
     older["notes"] = ["worded otherwise"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+    (tmp_path / "run" / "SHA256SUMS").unlink()
     train.tune("capt", vlm, task, resume=True, **how)
     with pytest.raises(UserError, match="other settings"):
         train.tune("capt", vlm, dataclasses.replace(task, subset="base"), resume=True, **how)

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from advtune import runs
+from advtune import ending, runs, sealed
+from advtune.disk import LOCK, SUMS, alone, check_alone, check_writable, naming
 from advtune.errors import UserError
 from advtune.results import write_atomic
 from advtune.tensorboard import Board
 
 SECONDS = 30  # between two checkpoints
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT = 2  # goes up when a parameter that learns changes its meaning; 2: image prompts without their start
-OURS = {runs.CONFIG, runs.DELTA, runs.LOG, runs.IMAGES, runs.RESULTS, CHECKPOINT}
+OURS = {runs.CONFIG, runs.DELTA, runs.LOG, runs.IMAGES, runs.RESULTS, SUMS, CHECKPOINT, PREVIOUS, LOCK}
 
 
 def claim(out: Path, resume: bool, overwrite: bool) -> Path:
     """The folder to work in, OUT.partial. Nothing is made or removed yet.
 
-    Raises UserError when OUT or OUT.partial is there and neither resume nor overwrite was asked for, and when
-    overwrite would remove what is not a run.
+    Raises UserError when OUT or OUT.partial is there and neither resume nor overwrite was asked for, when overwrite
+    would remove what is not a run, when another process makes this run, and when nothing can be written there.
     """
     if not out.name:
         raise UserError(f"--out {out}: give the run folder a name")
     partial = out.with_name(out.name + ".partial")
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one")
+    check_alone(partial)
     for taken in (out, partial):
         if taken.exists() and not taken.is_dir():
             raise UserError(f"{taken} is a file; give --out a folder")
@@ -42,6 +49,7 @@ def claim(out: Path, resume: bool, overwrite: bool) -> Path:
         if taken.exists() and not (overwrite or (resume and (taken is partial or runs.is_run(out)))):
             ways = "go on with --resume, replace it with --overwrite"
             raise UserError(f"{taken} exists; {ways}, or choose another --out")
+    check_writable(out.absolute().parent)
     return partial
 
 
@@ -52,11 +60,40 @@ def foreign(folder: Path) -> str:
 
 
 def finish(partial: Path, out: Path) -> None:
-    """Drop the checkpoint and give the folder its name."""
-    (partial / CHECKPOINT).unlink(missing_ok=True)
+    """Give the folder its name; what had it goes, and so do the checkpoints."""
+    old = beside(out)
     if out.exists():
-        shutil.rmtree(out)
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
     partial.rename(out)
+    tidy(out)
+
+
+def finished(out: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> bool:
+    """Whether nothing is left to do of a run that is resumed; one that was killed before it got its name gets it.
+    Raises UserError when it was started with other settings, and as `claim` does: time has passed since."""
+    partial = claim(out, resume, overwrite)
+    if not resume or not (runs.is_run(partial) or (runs.is_run(out) and not partial.exists())):
+        return False
+    if partial.exists():
+        with alone(partial):
+            same(partial, config)
+            finish(partial, out)
+    same(out, config)
+    tidy(out)
+    return True
+
+
+def beside(out: Path) -> Path:
+    """Where a run that is replaced waits for the new one to stand."""
+    return out.with_name(f".{out.name}.replaced")
+
+
+def tidy(out: Path) -> None:
+    """Remove what a finished run needs no longer."""
+    for name in (CHECKPOINT, PREVIOUS, LOCK):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(beside(out), ignore_errors=True)
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,66 +121,130 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 class Log:
-    """train.jsonl and the checkpoint, which need a folder, and the curves of a board, if there is one."""
+    """train.jsonl and the checkpoint, which need a folder, and the curves of a board, if there is one.
+
+    As a context it has the folder to itself. Raises UserError when another process works there.
+    """
 
     def __init__(self, folder: Path | None, config: Mapping[str, Any], resume: bool, board: Board | None = None):
-        self.folder, self.saved, self.board = folder, 0.0, board
+        self.folder, self.config, self.board = folder, config, board
         self.resume = resume and folder is not None and (folder / runs.CONFIG).is_file()
-        if folder is None:
-            return
-        if self.resume:
-            same(folder, config)
-        elif folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / runs.CONFIG, json.dumps(config, indent=1) + "\n")
+        self.saved, self.crc, self.stack = 0.0, 0, ExitStack()
+        self.asked: ending.Asked = []
+        self.now: tuple[int, Mapping[str, Tensor], torch.optim.Optimizer] | None = None
+
+    def __enter__(self) -> Log:
+        if self.folder is not None:
+            if self.resume:
+                same(self.folder, self.config)
+            with ExitStack() as stack:
+                stack.enter_context(alone(self.folder))
+                self.prepare(self.folder)
+                self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def prepare(self, folder: Path) -> None:
+        """A folder with its config.json, and nothing that a killed run left half-written."""
+        for path in folder.iterdir():
+            if path.name != LOCK and (not self.resume or path.suffix == ".tmp"):
+                path.unlink()
+        write_atomic(folder / runs.CONFIG, json.dumps(self.config, indent=1) + "\n")
 
     def restore(self, learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
-        """Load the checkpoint, if there is one; the step to go on with."""
+        """Load the last checkpoint that is whole, if there is one; the step to go on with."""
         if self.folder is None:
             if self.board:
                 self.board.open(0)
             return 0
-        first, lines, path = 0, list[str](), self.folder / CHECKPOINT
-        if self.resume and path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state.get("format") != FORMAT:
-                raise UserError(f"{path}: by a version whose parameters mean something else; start it with --overwrite")
+        first, lines = 0, list[bytes]()
+        if self.resume and (found := self.whole(learning)) is not None:
+            state, lines = found
             for name, value in learning.items():
                 value.data.copy_(state["learning"][name])
             optimiser.load_state_dict(state["optimiser"])
             first = state["step"]
-            lines = (self.folder / runs.LOG).read_text().splitlines(keepends=True)[:first]
-        write_atomic(self.folder / runs.LOG, "".join(lines))
-        self.stream = (self.folder / runs.LOG).open("a")
+        write_atomic(self.folder / runs.LOG, b"".join(lines))
+        self.crc = zlib.crc32(b"".join(lines))
+        self.stream = self.stack.enter_context((self.folder / runs.LOG).open("ab", buffering=0))
         if self.board:
-            self.board.open(first, lines)
+            self.board.open(first, [line.decode() for line in lines])
         return first
 
+    def whole(self, learning: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[bytes]] | None:
+        """The newest checkpoint that nothing is wrong with and its lines of train.jsonl; says what is damaged. Raises
+        UserError for one of another version."""
+        assert self.folder is not None
+        log, damaged = self.folder / runs.LOG, False
+        lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+        for path in (self.folder / CHECKPOINT, self.folder / PREVIOUS):
+            if not path.is_file():
+                continue
+            try:
+                state = sealed.read(path)
+                if state.get("format") == FORMAT:
+                    mine = lines[: state["step"]]
+                    if len(mine) < state["step"] or state.get("log") not in (None, zlib.crc32(b"".join(mine))):
+                        raise ValueError(f"{runs.LOG} is damaged before it")
+            except ValueError as error:
+                damaged = True
+                print(f"advtune: {path}: {error}; left aside", file=sys.stderr)
+                continue
+            shapes = {name: value.shape for name, value in state["learning"].items()}
+            if state.get("format") != FORMAT or shapes != {name: value.shape for name, value in learning.items()}:
+                raise UserError(f"{path}: by a version whose parameters mean something else; start it with --overwrite")
+            return state, mine
+        if damaged:
+            print(f"advtune: {self.folder}: no checkpoint is whole; starting anew", file=sys.stderr)
+        return None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block of steps that Ctrl-C ends after the step under way, which is saved."""
+        if self.folder is None:
+            yield
+            return
+        with ending.held() as self.asked:
+            yield
+            if self.asked:
+                self.save()
+
     def step(self, line: dict[str, Any], learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
-        """Append one line; every SECONDS, save what is needed to go on."""
+        """Append one line; every SECONDS, and when interrupted, save what is needed to go on."""
         if self.board:
             self.board.step(line)
         if self.folder is None:
             return
-        self.stream.write(json.dumps(line) + "\n")
-        now = time.monotonic()
-        if now - self.saved < SECONDS:
-            return
-        self.saved = now
-        self.stream.flush()
-        if self.board:
-            self.board.flush()
-        state = {"format": FORMAT, "step": line["step"] + 1, "learning": {k: v.detach() for k, v in learning.items()}}
-        beside = self.folder / "checkpoint.tmp"
-        torch.save({**state, "optimiser": optimiser.state_dict()}, beside)
-        beside.replace(self.folder / CHECKPOINT)
+        text = (json.dumps(line) + "\n").encode()
+        with naming(self.folder / runs.LOG):
+            if self.stream.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.crc = zlib.crc32(text, self.crc)
+        self.now = line["step"] + 1, learning, optimiser
+        if self.asked or time.monotonic() - self.saved >= SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """The checkpoint, after what it goes on from is on the disk. Raises the KeyboardInterrupt that is due."""
+        if self.folder is not None and self.now is not None:
+            step, learning, optimiser = self.now
+            self.saved = time.monotonic()
+            os.fsync(self.stream.fileno())
+            if self.board:
+                self.board.flush()
+            state = {"format": FORMAT, "step": step, "log": self.crc, "optimiser": optimiser.state_dict()}
+            state["learning"] = {k: v.detach() for k, v in learning.items()}
+            sealed.write(state, self.folder / CHECKPOINT, self.folder / PREVIOUS)
+            if self.asked:
+                raise self.asked[0](f"after step {step}, which is saved")
+        if self.asked:
+            raise self.asked[0]
 
     def close(self, drop: bool = False) -> None:
-        """Close the log; with `drop`, remove the folder: there is nothing to go on with."""
+        """Close the curves; with `drop`, remove the folder: there is nothing to go on with."""
         if self.board:
             self.board.close(drop)
-        if self.folder is not None:
-            self.stream.close()
-            if drop:
-                shutil.rmtree(self.folder)
+        if self.folder is not None and drop:
+            shutil.rmtree(self.folder)

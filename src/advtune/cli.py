@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from advtune import ending
 from advtune.arguments import build
 from advtune.errors import UserError, near, suggest
 from advtune.examples import START
@@ -22,7 +23,7 @@ from advtune.untrusted import visible
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 when done, 1 when a run of a study failed or an image was unreadable, 2 on bad input (one line
-    on stderr), 130 when interrupted. Without a verb it says how to begin."""
+    on stderr) or a full disk, 130 when interrupted, 143 at SIGTERM. Without a verb it says how to begin."""
     given, parser = sys.argv[1:] if arguments is None else list(arguments), build()
     if not given:
         print(START.format(", ".join(parser.verbs())), end="")
@@ -30,21 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(parser, given)
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # such a picture is an error here
+    before = ending.state(args)
     try:
-        return VERBS[args.verb](args) or 0
+        with ending.caught():
+            return VERBS[args.verb](args) or 0
     except UserError as error:
         print(f"advtune: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0
-    except OSError as error:
-        reason = f"{error.filename or ''}: {error.strerror or error}"
-        print(f"advtune: error: {visible(reason)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        way = str(stop) or "tuning goes on with --resume, evaluation by the same command"
-        print(f"advtune: interrupted; {way}", file=sys.stderr)
-        return 130
+    except (OSError, KeyboardInterrupt) as error:
+        code, line = ending.said(error, ending.again(args, given, before))
+        print(f"advtune: {visible(line)}", file=sys.stderr)
+        return code
 
 
 def train(args: argparse.Namespace) -> None:
@@ -70,6 +69,7 @@ def train(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from advtune import runs
     from advtune.defences import DEFENCES
+    from advtune.disk import check_writable
     from advtune.evaluation import evaluate_all
     from advtune.methods import METHODS
     from advtune.terminal import evaluated
@@ -91,6 +91,8 @@ def evaluate(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else (Path(args.model) if args.model != "zero-shot" else None)
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give --out a folder")
+    if out is not None:
+        check_writable(out / runs.RESULTS)
     model, task, how = _opened(args, name)
     rows = evaluate_all(
         model, task, attacks, batch_size=args.batch_size, seed=args.seed, checks=args.checks or None,

@@ -22,7 +22,7 @@ from advtune.data.images import DECODER, cache_dir
 from advtune.defences import DEFENCES
 from advtune.errors import UserError
 from advtune.progress import progress
-from advtune.results import Row, append
+from advtune.results import Row, append, read
 from advtune.rows import Setting, attack_facts, row, threat_model
 from advtune.train import check_seed
 from advtune.vlm import VLM
@@ -122,17 +122,27 @@ def evaluate_all(
         if looked:
             with progress(f"{label}checks", len(CHECKS), "check", show) as advance, seeded(seed, model.device):
                 findings = check(sample(s, attack, clean, outcome, zero, other), advance)
-        rows += keep([row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0)], out)
+        made = row(s, attack, clean, outcome, zero, findings, time.monotonic() - begin, number > 0)
+        rows += keep([made], out, journal.found)
         begin = time.monotonic()
     journal.close()
     return rows
 
 
-def keep(rows: Sequence[Row], out: str | Path | None) -> list[Row]:
-    """The rows, added to the results of the folder `out` if one is given."""
+def keep(rows: Sequence[Row], out: str | Path | None, again: bool = False) -> list[Row]:
+    """The rows, added to the results of the folder `out` if one is given; `again`: unless an earlier sitting did."""
+    path = Path(str(out)) / runs.RESULTS
+    have = [timeless(each) for each in read(path)] if again and out is not None and path.exists() else []
     for each in rows if out is not None else ():
-        append(Path(str(out)) / runs.RESULTS, each)
+        if timeless(each) not in have:
+            append(path, each)
     return list(rows)
+
+
+def timeless(row: Row) -> Row:
+    """A row without what two sittings of one evaluation differ in; as JSON has it."""
+    stages = [{**stage, "seconds": 0} for stage in row.stages]
+    return Row.from_json(dataclasses.replace(row, time="", seconds=0, stages=stages).to_json())
 
 
 def task_for(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from advtune import runs
 from advtune.answers import answers, identity, missing, rows_of
 from advtune.data import Task, load_task
+from advtune.disk import FULL, alone, lock
 from advtune.errors import UserError
 from advtune.evaluation import evaluate_all
 from advtune.progress import Tally
@@ -22,7 +23,7 @@ from advtune.results import Row, append, write_atomic
 from advtune.train import tune
 from advtune.vlm import VLM
 
-FAILED, TRACEBACKS, LOCK, CLAIMS = "failed.jsonl", "tracebacks", ".lock", ".claims"
+FAILED, TRACEBACKS, CLAIMS = "failed.jsonl", "tracebacks", ".claims"
 
 
 @dataclass(frozen=True)
@@ -96,32 +97,10 @@ Report = tuple[int, list[Failure], int | None]
 Engine = Callable[[Mapping[int, Run], Bench], Generator[Report, None, None]]
 
 
-@contextmanager
-def locked(path: Path, refusal: str = "", shared: bool = False) -> Iterator[None]:
-    """Holds a lock file, alone or with others that share it. Raises UserError with `refusal`, if there is one, when
-    another process holds it, else waits. The lock goes with the process, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        with suppress(ImportError):  # Windows: nobody is kept away
-            import fcntl
-
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if refusal else 0))
-            except BlockingIOError:
-                raise UserError(refusal) from None
-        yield  # closing the file lets go
-
-
-def alone(out: Path, shared: bool = False) -> AbstractContextManager[None]:
-    """Keeps other processes from working in OUT, but those that share it: tasks that do one run each. Raises UserError
-    when one does."""
-    return locked(out / LOCK, f"{out}: another process works here; wait for it, or choose another --out", shared)
-
-
 def claimed(out: Path, run: Run) -> AbstractContextManager[None]:
     """Keeps other tasks of the study from this run. Raises UserError when one works on it."""
     refusal = f"{out / run.key}: another task works on this run; wait for it"
-    return locked(out / CLAIMS / run.key.replace("/", "-"), refusal)
+    return lock(out / CLAIMS / run.key.replace("/", "-"), refusal)
 
 
 def in_turn(todo: Mapping[int, Run], bench: Bench) -> Generator[Report, None, None]:
@@ -135,8 +114,8 @@ def work(wanted: Sequence[Run], out: str | Path, engine: Engine = in_turn, **how
 
     Runs whose rows are all there are skipped without loading a model or an image. A run that fails leaves a line in
     OUT/failed.jsonl and its traceback in OUT/tracebacks. engine: who does them, see `advtune.engines`. how: device,
-    precision, batch_size, show, compile. Raises KeyboardInterrupt with a text that says how to go on, UserError when
-    another process works in OUT.
+    precision, batch_size, show, compile. Raises KeyboardInterrupt with a text that says where, UserError when another
+    process works in OUT, OSError when the disk is full.
     """
     with alone(Path(out)):
         return through(wanted, Bench(Path(out), **how), engine)
@@ -160,9 +139,8 @@ def through(wanted: Sequence[Run], bench: Bench, engine: Engine = in_turn, only:
                 tally.worked, tally.failed = tally.worked + 1, tally.failed + bool(failed[place])
                 state = f"failed: {failed[place][0].error}" if failed[place] else "done"
                 tally.tell(wanted[place].key, state, running)
-    except KeyboardInterrupt:
-        at = f"at run {tally.told + 1} of {len(mine)}"
-        raise KeyboardInterrupt(f"{at}; the same command goes on from there") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"at run {tally.told + 1} of {len(mine)}") from None
     outcome = Outcome([], [each for place in sorted(failed) for each in failed[place]], len(mine) - len(todo))
     for place in mine:
         with suppress(UserError):  # a folder of other rows is among the failures
@@ -186,7 +164,7 @@ def keep(out: Path, failed: Sequence[Failure], keys: Collection[str] | None) -> 
     path = out / FAILED
     if not failed and not path.exists():
         return
-    with locked(out / CLAIMS / FAILED):  # tasks of one study write it at the same time
+    with lock(out / CLAIMS / FAILED):  # tasks of one study write it at the same time
         kept = path.read_text().splitlines(keepends=True) if keys is not None and path.exists() else []
         lines = [line for line in kept if json.loads(line)["key"] not in (keys or ())]
         lines += [json.dumps(asdict(each)) + "\n" for each in failed]
@@ -258,6 +236,8 @@ def is_done(run: Run, bench: Bench) -> bool:
 
 def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
     """The reason in one line; the traceback goes into a file. A disk that takes no file ends the work."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise error
     text = " ".join(str(error).split())[:300]
     reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     name = run.key.replace("/", "-") + (f"-{slug(test)}" if test else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from secrets import token_hex
 from typing import Any
 
 from advtune import __version__
+from advtune.disk import crc_fits, naming, with_crc
 from advtune.errors import UserError
 from advtune.untrusted import parse_json
 
@@ -127,22 +129,26 @@ class Row:
                 raise ValueError(f"flags of {name} give {found['correct']} of {found['n']}, the counts differ")
 
     def to_json(self) -> str:
-        """One line, without the newline. Raises ValueError for nan or infinity."""
-        facts = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return json.dumps(facts, allow_nan=False)
+        """One line with its checksum, without the newline. Raises ValueError for nan or infinity."""
+        return with_crc({each.name: getattr(self, each.name) for each in dataclasses.fields(self)})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Row:
-        """Raises ValueError when the text is not a row, or one of another schema."""
+        """Raises ValueError when the text is not a row, one of another schema, or not what was written. A row of an
+        older version has no checksum; its counts and flags have to agree."""
         facts = parse_json(text, _not_a_number)
         if not isinstance(facts, dict) or "schema" not in facts:
             raise ValueError("not a result row")
         if facts["schema"] != SCHEMA:
             raise ValueError(f"schema {facts['schema']}, this version reads {SCHEMA}")
+        fits = crc_fits(facts)
         try:
-            return cls(**facts)
+            row = cls(**facts)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a result row: {error}") from error
+        if fits is False:
+            raise ValueError("damaged or changed, its crc32 differs")
+        return row
 
 
 def check_kinds(row: Row) -> None:
@@ -175,11 +181,16 @@ def append(path: str | os.PathLike[str], row: Row) -> None:
     line = row.to_json().encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        with _locked(handle):
+        with naming(path), _locked(handle):
             line = _mend(handle, path) + line
-            if os.write(handle, line) != len(line):  # the rest of the line is mended by the next append
-                raise OSError(f"{path}: the disk took only a part of the row")
-            os.fsync(handle)
+            end = os.fstat(handle).st_size
+            try:
+                if os.write(handle, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, end)
+                raise
     finally:
         os.close(handle)
 
@@ -213,7 +224,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
     try:
-        with beside.open("xb") as file:
+        with naming(path), beside.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -259,10 +270,10 @@ def _cut(line: bytes) -> bool:
     if not line.startswith(START):
         return START.startswith(line)
     try:
-        json.loads(line)
+        json.JSONDecoder().raw_decode(line.decode())
     except (ValueError, RecursionError):
         return True
-    return False  # whole, so not cut: a row of another schema, or a wrong one
+    return False  # whole, so not cut: a row of another schema, a wrong one, or one with a damaged end
 
 
 def files_in(place: Path) -> list[Path]:

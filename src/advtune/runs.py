@@ -1,5 +1,5 @@
 """The run folder: config.json, delta.safetensors (only what was learned), train.jsonl, images.json (content
-hashes of the training images), results.jsonl."""
+hashes of the training images), SHA256SUMS of these, results.jsonl."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 
 import advtune
 from advtune import untrusted
+from advtune.disk import SUMS, check_sums, sums
 from advtune.errors import UserError
 from advtune.preprocess import Preprocess
 from advtune.pretrained import EMBEDDED
@@ -61,8 +62,9 @@ def check_device(device: str) -> str:
 
 
 def load_run(folder: Path, device: str, precision: str, compile: bool = False) -> VLM:
-    """The tuned model of a run folder: its backbone, checked by content, with the delta applied."""
+    """The tuned model of a run folder: its files and its backbone, checked by content, with the delta applied."""
     below(str(folder))
+    check_sums(folder, CONFIG, IMAGES, DELTA)
     config = read_config(folder)
     facts = config["backbone"]
     base = load(backbone_of(folder, config), device, precision, compile)
@@ -138,11 +140,18 @@ def read_json(path: Path) -> Any:
 
 
 def write_run(folder: Path, model: VLM, config: dict[str, Any], hashes: list[str]) -> None:
-    """config.json, images.json (content hashes of what was tuned on) and delta.safetensors; the delta last,
-    because it marks the run as finished."""
-    write_atomic(folder / CONFIG, json.dumps(config, indent=1) + "\n")
-    write_atomic(folder / IMAGES, json.dumps(short(hashes)) + "\n")
-    write_atomic(folder / DELTA, save(model.delta()))
+    """config.json, images.json (content hashes of what was tuned on), SHA256SUMS and delta.safetensors; the delta
+    last, because it marks the run as finished. The folder has its train.jsonl."""
+    contents = {
+        CONFIG: (json.dumps(config, indent=1) + "\n").encode(),
+        IMAGES: (json.dumps(short(hashes)) + "\n").encode(),
+        DELTA: save(model.delta()),
+    }
+    text = sums({**contents, LOG: (folder / LOG).read_bytes()})
+    for name in (CONFIG, IMAGES):
+        write_atomic(folder / name, contents[name])
+    write_atomic(folder / SUMS, text)
+    write_atomic(folder / DELTA, contents[DELTA])
 
 
 def backbone_facts(model: VLM, out: Path | None = None) -> dict[str, Any]:

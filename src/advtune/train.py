@@ -14,7 +14,7 @@ from torch import Tensor
 from advtune import runs
 from advtune.attacks import Attack, Free, Replay
 from advtune.augment import crop_and_flip
-from advtune.checkpoint import Log, claim, finish, same
+from advtune.checkpoint import Log, claim, finish, finished
 from advtune.data import Images, Split, Task, load_images, load_task
 from advtune.errors import UserError
 from advtune.methods import Method, configure
@@ -153,13 +153,13 @@ def tune(
     models = chosen.setup(model, task, seed)
     config = plan.config(images, models, out)
     tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
-    if out is not None and partial is not None and resume and runs.is_run(out) and not partial.exists():
-        same(out, config)
+    if out is not None and finished(out, config, resume, overwrite):
         return runs.load(str(out), str(model.device), model.precision, bool(model.compiled))
-    student = fit(plan, models, tokens, images, Log(partial, config, resume, curves), show)
-    if out is not None and partial is not None:
-        runs.write_run(partial, student, config, images.hashes)
-        finish(partial, out)
+    with Log(partial, config, resume, curves) as log:
+        student = fit(plan, models, tokens, images, log, show)
+        if out is not None and partial is not None:
+            runs.write_run(partial, student, config, images.hashes)
+            finish(partial, out)
     return runs.settle(student, model, config, images.hashes, out)
 
 
@@ -189,7 +189,8 @@ def fit(
     except UserError:
         log.close(drop=True)
         raise
-    with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
+    bar = progress(f"{plan.name} on {plan.task.name}", steps - first, show=show)
+    with log.held(), bar as advance, torch.random.fork_rng():
         for step in range(first, steps):
             number = step // m  # of the batch; the replays of one see the same images, augmented alike
             order = epoch_order(len(images.y), plan.seed, number // per_epoch)

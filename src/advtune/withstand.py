@@ -20,6 +20,7 @@ from torch import Tensor
 from advtune.attacks import Attack
 from advtune.attacks.ball import distance
 from advtune.data import Images
+from advtune.disk import crc_fits, naming, with_crc
 from advtune.progress import progress
 from advtune.results import write_atomic
 
@@ -34,21 +35,22 @@ class Journal:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+        self.found = bool(self.lines)  # an earlier sitting left something
         self.used = 0  # lines that were believed
 
     def next(self, stage: str, rows: Tensor) -> Tensor | None:
-        """Which of these images stood, if that is known. A line that is cut or of other images ends the journal."""
+        """Which of these images stood, if that is known. A line that is cut, damaged or of other images ends the
+        journal."""
         if self.path is None or self.used == len(self.lines):
             return None
-        try:
-            line = json.loads(self.lines[self.used])
-        except (ValueError, RecursionError):  # cut by the kill
-            line = {}
-        line = line if isinstance(line, dict) else {}
         whole = self.lines[self.used].endswith(b"\n")
+        line = facts(self.lines[self.used]) if whole else {}
         stands = line.get("stands")
         known = isinstance(stands, list) and len(stands) == len(rows) and all(one in (True, False) for one in stands)
-        if not (whole and known) or (line.get("stage"), line.get("rows")) != (stage, rows.tolist()):
+        if not known or (line.get("stage"), line.get("rows")) != (stage, rows.tolist()):
+            if whole and not line:
+                where = f"{self.path} line {self.used + 1}"
+                print(f"advtune: {where} is damaged; attacking again from there", file=sys.stderr)
             del self.lines[self.used :]
             write_atomic(self.path, b"".join(self.lines))
             return None
@@ -60,8 +62,9 @@ class Journal:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"stage": stage, "rows": rows.tolist(), "stands": stands.tolist()}) + "\n")
+                with naming(self.path), self.path.open("a") as file:
+                    line = {"stage": stage, "rows": rows.tolist(), "stands": stands.tolist()}
+                    file.write(with_crc(line) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
@@ -72,6 +75,15 @@ class Journal:
         """The evaluation is complete: its row takes the place of the journal."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def facts(line: bytes) -> dict[str, Any]:
+    """What a line of a journal says; {} when it is not what was written."""
+    try:
+        found = json.loads(line)
+        return found if crc_fits(found) else {}
+    except (ValueError, AttributeError, TypeError):  # no JSON, or none of ours
+        return {}
 
 
 @dataclass

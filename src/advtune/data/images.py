@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from advtune.data.cache import Arrays, cache_dir, create, in_memory, load, replacing
+from advtune.data.cache import Arrays, cache_dir, create, in_memory, intact, load, replacing, seal
 from advtune.data.fewshot import Split, select
 from advtune.data.sources import Part
 from advtune.data.task import Task
@@ -77,6 +78,9 @@ def load_images(task: Task, split: Split, *, cache: Path | None = None, progress
     hashes, y = records.hashes(), torch.tensor(records.labels, dtype=torch.int64)
     file = (cache or cache_dir()) / f"{cache_key(hashes, split.resolution)}.safetensors"
     stored = load(file, len(records))
+    if stored and not intact(file):
+        print(f"advtune: {file} is damaged; decoding the images again", file=sys.stderr)
+        stored = None
     x, good, reasons = (*stored, {}) if stored else decode_into(file, records, split.resolution, progress)
     bad = [i for i, ok in enumerate(good.tolist()) if not ok]
     if bad and (split.on_bad == "fail" or len(bad) == len(records)):
@@ -171,6 +175,7 @@ def decode_into(file: Path, records: Part, resolution: int | str, progress: bool
     try:
         with replacing(file) as beside:
             reasons = decode_all(records, resolution, progress, partial(create, beside))[2]
+            seal(beside)
     except OSError as error:
         if str(file.parent) not in _warned:
             _warned.add(str(file.parent))

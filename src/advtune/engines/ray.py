@@ -139,7 +139,8 @@ def one(run: Run, bench: Bench, threads: int, place: str, settings: dict[str, st
     machine that does not see the study's folder."""
     import torch
 
-    from advtune.grid import LOCK, do
+    from advtune.disk import LOCK
+    from advtune.grid import do
 
     if not (Path(place) / bench.out / LOCK).is_file():
         where = f"{bench.out} is not seen by {platform.node()}"

@@ -11,6 +11,7 @@ from secrets import token_hex
 from typing import Any
 
 from advtune.data.task import Words
+from advtune.disk import naming
 from advtune.errors import UserError, near
 from advtune.export.card import card
 from advtune.export.folder import write_folder
@@ -71,7 +72,8 @@ def building(out: Path) -> Iterator[Path]:
     beside = out.with_name(f".{out.name}.{token_hex(4)}.tmp")
     beside.mkdir(parents=True)
     try:
-        yield beside
+        with naming(out):
+            yield beside
         for file in beside.iterdir():
             file.chmod(0o644)  # some writers keep them to themselves
         if out.exists():
