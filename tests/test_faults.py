@@ -710,9 +710,9 @@ def test_a_lock_that_was_removed_is_no_lock(tmp_path):
     """Who opened the file before it went has locked nothing."""
     real = disk.locked
 
-    def late(handle):
+    def late(handle, *how, **more):
         (tmp_path / ".lock").unlink()
-        return real(handle)
+        return real(handle, *how, **more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="another process"):
         patch.setattr(disk, "locked", late)

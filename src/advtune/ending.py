@@ -88,7 +88,7 @@ def state(args: argparse.Namespace) -> tuple[int, ...]:
     place = Path(out) if args.verb == "train" else Path(out) / args.fix
     try:
         found = place.with_name(f"{place.name}.partial").stat()
-    except OSError:
+    except (OSError, ValueError):  # not there; a folder without a name is refused by the verb
         return ()
     return found.st_ino, found.st_mtime_ns
 

@@ -63,8 +63,8 @@ def check_device(device: str) -> str:
 
 def load_run(folder: Path, device: str, precision: str, compile: bool = False) -> VLM:
     """The tuned model of a run folder: its files and its backbone, checked by content, with the delta applied."""
-    below(str(folder))
     check_sums(folder, CONFIG, IMAGES, DELTA)
+    below(str(folder))
     config = read_config(folder)
     facts = config["backbone"]
     base = load(backbone_of(folder, config), device, precision, compile)
