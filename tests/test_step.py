@@ -57,7 +57,7 @@ class Run:
 
     def batch(self):
         torch.manual_seed(11)
-        return train.own_share(self.plan, self.images, torch.arange(B), self.tokens, self.kept, 0)
+        return step.own_share(self.plan, self.images, torch.arange(B), self.tokens, self.kept, 0)
 
     def gradient(self, portions, monkeypatch, world=1):
         """The gradient summed over the processes, the loss terms, and d; the processes one after another."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from advtune import distributed, draws
 from advtune.attacks import Free, Replay
+from advtune.augment import crop_and_flip
 from advtune.data import Images
 from advtune.errors import UserError
 from advtune.progress import progress
@@ -94,6 +95,19 @@ def in_portions(portions: Portions, n: int, device: torch.device, through: Calla
             torch.cuda.empty_cache()
         portions.halve(n)
         draws.back_to(state, device)
+
+
+def own_share(
+    plan: Plan, images: Images, rows: Tensor, tokens: Mapping[str, Tensor], kept: Mapping[str, Tensor], cycle: int
+) -> Batch:
+    """This process's share of the batch of the images `rows`, augmented as it is in the whole batch."""
+    own = distributed.share(len(rows))
+    with draws.portion(len(rows), own):
+        x, y = images.batch(rows[own], plan.backbone.device)
+        if plan.recipe.augment and len(y):
+            x = crop_and_flip(x)
+    here = rows[own].to(plan.backbone.device)
+    return Batch(x, y, tokens, cycle, {name: value[here] for name, value in kept.items()}, own.start, len(rows))
 
 
 def update(

@@ -14,19 +14,18 @@ from torch import Tensor
 
 from advtune import determinism, distributed, runs
 from advtune.attacks import Attack, Free
-from advtune.augment import crop_and_flip
 from advtune.checkpoint import Log, claim, comparable, finish, same
 from advtune.data import Images, Split, Task, load_images, load_task
-from advtune.draws import portion, seeded
+from advtune.draws import seeded
 from advtune.errors import UserError
 from advtune.methods import Method, configure
 from advtune.options import as_options, describe
 from advtune.progress import progress
 from advtune.recipe import Recipe
 from advtune.rows import attack_facts
-from advtune.step import NoRoom, Portions, prepare, recomputing, update
+from advtune.step import NoRoom, Portions, own_share, prepare, recomputing, update
 from advtune.tensorboard import board
-from advtune.vlm import VLM, Batch
+from advtune.vlm import VLM
 
 Options = Sequence[str] | Mapping[str, Any]
 
@@ -166,12 +165,17 @@ def tune(
     with recomputing(models.values(), checkpoint_activations):
         student = fit(plan, models, tokens, images, log, show and writes, portions)
     config["notes"] += portions.notes
-    tuned = runs.settle(student, model, config, images.hashes, out)
+    return kept(runs.settle(student, model, config, images.hashes, out), images, partial, out)
+
+
+def kept(tuned: VLM, images: Images, partial: Path | None, out: Path | None) -> VLM:
+    """The tuned model, with its run folder written, which is there for all processes when this returns."""
     distributed.agree(tuned.origin.sha256, "what was learned")
     if out is not None and partial is not None:
-        runs.write_run(partial, student, config, images.hashes)
+        config = {name: value for name, value in tuned.run.items() if name != "folder"}
+        runs.write_run(partial, tuned, config, images.hashes)
         finish(partial, out)
-    distributed.told(None)  # the folder is there for all
+    distributed.told(None)
     return tuned
 
 
@@ -227,7 +231,7 @@ def fit(
     device = plan.backbone.device
     images, portions = images.on(device), portions or Portions()
     try:
-        kept = prepare(plan, models, tokens, images, show, portions) if first < steps else {}
+        prepared = prepare(plan, models, tokens, images, show, portions) if first < steps else {}
         label = f"{plan.name} on {plan.task.name}"
         with progress(label, steps - first, show=show) as advance, seeded(plan.seed, device):
             for step in range(first, steps):
@@ -235,7 +239,7 @@ def fit(
                 order = epoch_order(len(images.y), plan.seed, number // per_epoch)
                 rows = order[(number % per_epoch) * size :][:size]
                 torch.manual_seed(mix(plan.seed, number * m))
-                batch = own_share(plan, images, rows, tokens, kept, step // cycle)
+                batch = own_share(plan, images, rows, tokens, prepared, step // cycle)
                 rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
                 terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)], portions)
                 if step == steps - 1:
@@ -262,19 +266,6 @@ def restored(log: Log, learning: Mapping[str, Tensor], optimiser: torch.optim.Op
             value.data.copy_(values[name])
         optimiser.load_state_dict(state)
     return first
-
-
-def own_share(
-    plan: Plan, images: Images, rows: Tensor, tokens: Mapping[str, Tensor], kept: Mapping[str, Tensor], cycle: int
-) -> Batch:
-    """This process's share of the batch of the images `rows`, augmented as it is in the whole batch."""
-    own = distributed.share(len(rows))
-    with portion(len(rows), own):
-        x, y = images.batch(rows[own], plan.backbone.device)
-        if plan.recipe.augment and len(y):
-            x = crop_and_flip(x)
-    here = rows[own].to(plan.backbone.device)
-    return Batch(x, y, tokens, cycle, {name: value[here] for name, value in kept.items()}, own.start, len(rows))
 
 
 def check_finite(plan: Plan, learning: Mapping[str, Tensor], rate: float) -> None:
