@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from advtune.preprocess import Preprocess
 
@@ -124,6 +126,13 @@ def pick(x: Tensor, place: Tensor | int) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), place][:, None]
 
 
+def through(block: nn.Module, again: bool, *given: Any) -> Any:
+    """block(*given); with `again`, what it computes on the way is forgotten, and computed once more for a gradient."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+    return block(*given)
+
+
 def overwrite(x: Tensor, prompt: Tensor, start: int) -> Tensor:
     """x [B, L, W] with positions start .. start + P replaced by prompt [P, W], the same for every row, or by each
     row's own, [B, P, W]."""
@@ -153,10 +162,12 @@ class ImageTower(nn.Module):
         x = x[:, :, : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def forward(self, x: Tensor, prompts: Tensor | None = None, dense: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, prompts: Tensor | None = None, dense: bool = False, again: bool = False
+    ) -> Tensor:  # fmt: skip
         """prompts [K, P, W]: the first is appended after the patch tokens, before the pre-norm and without a
         position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117).
-        dense: the embeddings of the class token and the patches, [B, 1 + N, D]."""
+        dense: the embeddings of the class token and the patches, [B, 1 + N, D]. again: see `through`."""
         tokens = self.embed(self.patches(x))  # [B, N, W]
         first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
         x = torch.cat([first, tokens], dim=1) + self.position  # [B, 1 + N, W]
@@ -168,7 +179,7 @@ class ImageTower(nn.Module):
             if prompts is not None and 0 < i < prompts.shape[0]:
                 x = overwrite(x, prompts[i], plain)
             last = i == len(self.blocks) - 1 and not dense
-            x = block(x, only=0 if last else None)  # the class token alone is read
+            x = through(block, again, x, 0 if last else None)  # the class token alone is read
         return self.project(self.norm_post(x[:, :plain] if dense else x[:, 0]))
 
 
@@ -192,9 +203,9 @@ class TextTower(nn.Module):
             raise ValueError(f"every text needs the end token {self.end_token}")
         return is_end.int().argmax(dim=1)
 
-    def forward(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, prompts: Tensor | None = None, again: bool = False) -> Tensor:
         """prompts [K, P, W], or a text's own [K, C, P, W], overwrite the P places after the start token: the first
-        among the embeddings (and so with position embeddings), prompt k before layer k.
+        among the embeddings (and so with position embeddings), prompt k before layer k. again: see `through`.
 
         Under the causal mask two things are exact: nothing after the last end token is computed, and what all texts
         begin with is computed once. Token ids may stay on the processor: their lengths are asked for there.
@@ -218,8 +229,9 @@ class TextTower(nn.Module):
                 else:
                     tail = overwrite(tail, prompts[i], 1 - p)
             last = i == len(self.blocks) - 1
-            tail = block(tail, ends - p if last else None, block.memory(head), at_ends if last else mask[p:])
-            head = head if last else block(head, mask=mask[:p, :p])
+            only, seen = (ends - p, at_ends) if last else (None, mask[p:])
+            tail = through(block, again, tail, only, block.memory(head), seen)
+            head = head if last else through(block, again, head, None, None, mask[:p, :p])
         return self.project(self.norm_post(tail[:, 0]))
 
     def shared(self, tokens: Tensor, prompts: Tensor | None) -> int:
@@ -243,14 +255,15 @@ class CLIP(nn.Module):
 
     def encode_image(
         self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False,
-        tower: Callable[..., Tensor] | None = None,
+        tower: Callable[..., Tensor] | None = None, again: bool = False,
     ) -> Tensor:  # fmt: skip
         """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised; dense: the patches as well, [B, 1 + N, D].
         prompts [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels. tower: stands for the
-        image tower, compiled."""
+        image tower, compiled. again: see `through`."""
         x = self.config.preprocess(x)
-        return (tower or self.image)(x if pad is None else x + pad, prompts, dense)
+        x = x if pad is None else x + pad
+        return self.image(x, prompts, dense, again) if tower is None else tower(x, prompts, dense)
 
-    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none."""
-        return self.text(tokens, prompts)
+    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, again: bool = False) -> Tensor:
+        """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none. again: see `through`."""
+        return self.text(tokens, prompts, again)

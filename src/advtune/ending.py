@@ -1,4 +1,5 @@
-"""How a verb ends before its time: Ctrl-C, SIGTERM, a disk that takes no more; and the command that goes on."""
+"""How a verb ends: its exit status, and one line on stderr for what the user can mend; Ctrl-C, SIGTERM, a disk that takes
+no more, and the command that goes on. Of several processes that end for one reason, one says it."""
 
 from __future__ import annotations
 
@@ -10,13 +11,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from advtune import distributed
+from advtune.determinism import LACKS, deterministic
 from advtune.disk import FULL
+from advtune.errors import UserError
+from advtune.untrusted import visible
 
+SHARED = ("train", "evaluate")  # verbs that several processes do together
 ONCE = 0.5  # seconds in which a second signal is the same one: a launcher passes on what the terminal sent already
 GOES_ON = ("train", "evaluate", "study", "audit")
 Asked = list[type[KeyboardInterrupt]]
@@ -26,6 +32,42 @@ _held: list[Asked] = []  # the blocks under way that end whole, and what ends th
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what a batch system sends before it kills."""
+
+
+def ended(work: Callable[[argparse.Namespace], int | None], args: argparse.Namespace, given: Sequence[str]) -> int:
+    """Do the work of a verb, together with the other processes that torchrun started; 0 when done or what `work` says,
+    2 on bad input or a full disk, 130 when interrupted, 143 at SIGTERM. given: the words of the command."""
+    before = state(args)
+    try:
+        if args.verb not in SHARED and distributed.wanted():
+            raise UserError(f"{args.verb} is done by one process; torchrun is for {' and '.join(SHARED)}")
+        if getattr(args, "deterministic", False):
+            deterministic()
+        with caught():
+            distributed.start(getattr(args, "device", "auto"))
+            status = work(args) or 0
+            distributed.stop()
+        return status
+    except UserError as error:
+        return say(f"error: {error}", 2)
+    except BrokenPipeError:
+        return 0
+    except (OSError, KeyboardInterrupt) as error:
+        code, line = said(error, again(args, given, before))
+        return say(line, code)
+    except Exception as error:
+        if line := mendable(error):
+            return say(f"error: {line}", 2)
+        if distributed.speaks():
+            raise
+        return 1
+
+
+def say(line: str, status: int) -> int:
+    """Print a line, in one process; the exit status."""
+    if distributed.speaks():
+        print(f"advtune: {visible(line)}", file=sys.stderr, flush=True)
+    return status
 
 
 @contextmanager
@@ -117,3 +159,16 @@ def said(error: OSError | KeyboardInterrupt, command: str) -> tuple[int, str]:
     elif error.errno in (errno.EROFS, errno.EACCES):
         line += "; write elsewhere"
     return 2, line
+
+
+def mendable(error: Exception) -> str:
+    """What the user can do about an error of torch's; nothing for others."""
+    from advtune.step import out_of_memory
+
+    if out_of_memory(error):
+        return "out of memory; lower --batch-size or --micro-batch, or choose another --device"
+    if LACKS in str(error):
+        return f"--deterministic: {str(error).split(LACKS)[0]}has no form that gives the same bits; go without it"
+    if distributed.lost(error):
+        return "another process has ended; tuning goes on with --resume, evaluation by the same command"
+    return ""
