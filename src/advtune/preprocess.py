@@ -126,7 +126,7 @@ def _crop(size: Any) -> Any:
         return size
     if not isinstance(size, Mapping) or size.get("height") != size.get("width"):
         raise UserError(f"preprocessor_config.json: crop_size {size!r:.60} is not square")
-    return size["height"]
+    return size.get("height")
 
 
 def _is_side(value: Any) -> bool:

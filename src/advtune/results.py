@@ -19,15 +19,10 @@ from typing import Any
 from advtune import __version__
 from advtune.disk import crc_fits, naming, with_crc
 from advtune.errors import UserError
+from advtune.kinds import check_kinds
 from advtune.untrusted import parse_json
 
 SCHEMA = 1
-KINDS: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
-NEEDED = {  # inside of some fields: what a table reads, and whether it is a number
-    "zero_gradient": {"share": True, "n": True},
-    "stages": {"attack": False, "attacked": True, "fell": True},
-    "checks": {"name": False, "alarm": True, "value": True, "n": True, "text": False},
-}
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
 
 
@@ -149,26 +144,6 @@ class Row:
         if fits is False:
             raise ValueError("damaged or changed, its crc32 differs")
         return row
-
-
-def check_kinds(row: Row) -> None:
-    """Raises ValueError for a field that is not of its kind: strangers' rows are tabulated, too."""
-    for each in dataclasses.fields(row):
-        value, kind = getattr(row, each.name), str(each.type)
-        if value is None and kind.endswith("| None"):
-            continue
-        inside: Iterable[Any] = ()
-        if kind.startswith("list["):
-            inside = value if isinstance(value, list) else ()
-        elif kind == "dict[str, str]":
-            inside = value.values() if isinstance(value, dict) else ()
-        wanted = str if "str]" in kind else dict
-        if not isinstance(value, KINDS[kind.partition("[")[0]]) or not all(isinstance(one, wanted) for one in inside):
-            raise ValueError(f"{each.name} is no {kind}")
-        for one in value if isinstance(value, list) else [value]:
-            for key, number in NEEDED.get(each.name, {}).items():
-                if not isinstance(one.get(key), (int, float) if number else str):
-                    raise ValueError(f"{each.name} without {key}")
 
 
 def append(path: str | os.PathLike[str], row: Row) -> None:
