@@ -182,6 +182,8 @@ WRONG = {
     "cpus": (["--engine", "ray", "--cpus-per-run", "0"], "--cpus-per-run 0: give more than 0"),
     "nan": (["--engine", "ray", "--cpus-per-run", "nan"], "--cpus-per-run nan: give more than 0"),
     "gpus": (["--engine", "ray", "--gpus-per-run", "1.5"], "a fraction below 1, or a whole number"),
+    "endless": (["--engine", "ray", "--gpus-per-run", "inf"], "--gpus-per-run inf: give 0 or more"),
+    "no number": (["--engine", "ray", "--gpus-per-run", "nan"], "--gpus-per-run nan: give 0 or more"),
     "minus": (["--engine", "ray", "--retries", "-1"], "--retries -1: give 0 or more"),
     "address": (["--engine", "ray", "--ray-address", "cluster"], "--ray-address cluster: give auto or HOST:PORT"),
     "none": (["--engine", "ray", "--parallel", "0"], "--parallel 0: give 1 or more"),

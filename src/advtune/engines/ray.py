@@ -40,17 +40,14 @@ class Ray:
     parallel: int | None = None
 
     def __post_init__(self) -> None:
-        whole = self.gpus is None or self.gpus <= 1 or self.gpus == int(self.gpus)
+        gpus = float(self.gpus or 0)
+        known = self.address == HERE or THERE.fullmatch(self.address)
         for flag, right, wanted in (
             (f"--cpus-per-run {self.cpus:g}", 0 < self.cpus < math.inf, "more than 0"),
-            (f"--gpus-per-run {self.gpus or 0:g}", 0 <= (self.gpus or 0) < math.inf, "0 or more"),
-            (f"--gpus-per-run {self.gpus or 0:g}", whole, "a fraction below 1, or a whole number"),
+            (f"--gpus-per-run {gpus:g}", 0 <= gpus < math.inf, "0 or more"),
+            (f"--gpus-per-run {gpus:g}", gpus <= 1 or gpus.is_integer(), "a fraction below 1, or a whole number"),
             (f"--retries {self.retries}", self.retries >= 0, "0 or more"),
-            (
-                f"--ray-address {self.address}",
-                self.address == HERE or THERE.fullmatch(self.address),
-                "auto or HOST:PORT",
-            ),
+            (f"--ray-address {self.address}", known, "auto or HOST:PORT"),
             (f"--parallel {self.parallel}", self.parallel is None or self.parallel > 0, "1 or more"),
         ):
             if not right:
