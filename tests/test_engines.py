@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -18,6 +18,7 @@ from advtune import grid
 from advtune.cli import main
 from advtune.engines import ENGINES, Local, Ray, Slurm
 from advtune.engines.flags import again, command
+from advtune.engines.ray import connect, room
 from advtune.engines.slurm import array, collect
 from advtune.errors import UserError
 from advtune.results import files_in, read
@@ -181,7 +182,10 @@ WRONG = {
     "cpus": (["--engine", "ray", "--cpus-per-run", "0"], "--cpus-per-run 0: give more than 0"),
     "nan": (["--engine", "ray", "--cpus-per-run", "nan"], "--cpus-per-run nan: give more than 0"),
     "gpus": (["--engine", "ray", "--gpus-per-run", "1.5"], "a fraction below 1, or a whole number"),
+    "endless": (["--engine", "ray", "--gpus-per-run", "inf"], "--gpus-per-run inf: give 0 or more"),
+    "no number": (["--engine", "ray", "--gpus-per-run", "nan"], "--gpus-per-run nan: give 0 or more"),
     "minus": (["--engine", "ray", "--retries", "-1"], "--retries -1: give 0 or more"),
+    "address": (["--engine", "ray", "--ray-address", "cluster"], "--ray-address cluster: give auto or HOST:PORT"),
     "none": (["--engine", "ray", "--parallel", "0"], "--parallel 0: give 1 or more"),
     "half": (["--engine", "slurm", "--gpus-per-run", "0.5"], "Slurm takes whole numbers from 0"),
     "infinite": (["--engine", "slurm", "--cpus-per-run", "inf"], "Slurm takes whole numbers from 1"),
@@ -211,6 +215,32 @@ def test_without_ray_it_says_what_to_install(file, tmp_path, monkeypatch, capsys
         "advtune: error: study: --engine ray needs its package: pip install 'advtune[ray]'\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_told_at_once(address):
+    def init(**how):
+        raise AssertionError("Ray would wait for minutes")
+
+    with pytest.raises(UserError, match=re.escape(f"--ray-address {address}: no cluster (")) as told:
+        connect(SimpleNamespace(init=init), address)
+    assert "\n" not in str(told.value)
+
+
+def test_so_many_runs_fit_on_machines_at_once(monkeypatch):
+    def alive(**resources):
+        return {"Alive": True, "Resources": resources}
+
+    machines = [alive(CPU=4.0, GPU=1.0), alive(CPU=3.0), {"Alive": False, "Resources": {"CPU": 64.0}}, alive()]
+    ray = SimpleNamespace(nodes=lambda: machines, cluster_resources=lambda: {"CPU": 7.0, "GPU": 1.0})
+    assert [room(ray, *each) for each in ((1, 0), (2, 0), (5, 0), (1, 0.5), (1, 0.1), (1, 1), (1, 2))] == [
+        7, 3, 0, 2, 4, 1, 0,
+    ]  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    assert [Ray(gpus=gpus).share(ray, device) for gpus, device in ((None, "auto"), (None, "cpu"), (0.5, "cpu"))] == [
+        1, 0, 0.5,
+    ]  # fmt: skip
+    assert Ray().share(SimpleNamespace(cluster_resources=lambda: {"CPU": 7.0}), "auto") == 0
 
 
 def test_flags_fill_the_engine_s_fields_and_come_back_as_a_command(file, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
+import socket
 import sys
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from advtune.grid import Bench, Failure, Report
     from advtune.protocols import Run
 
-HERE = "local"
+HERE, THERE = "local", re.compile(r"auto|(?P<host>.+):(?P<port>\d{1,5})")
 STORE = 10**8  # bytes of Ray's object store: what tasks tell each other is small, images and weights are in files
+PATIENCE = 10  # seconds for a cluster to answer: Ray itself would wait for minutes
 GRACE = 20  # seconds that tasks have to end by themselves when the study is interrupted
 
 
@@ -37,12 +40,14 @@ class Ray:
     parallel: int | None = None
 
     def __post_init__(self) -> None:
-        whole = self.gpus is None or self.gpus <= 1 or self.gpus == int(self.gpus)
+        gpus = float(self.gpus or 0)
+        known = self.address == HERE or THERE.fullmatch(self.address)
         for flag, right, wanted in (
             (f"--cpus-per-run {self.cpus:g}", 0 < self.cpus < math.inf, "more than 0"),
-            (f"--gpus-per-run {self.gpus or 0:g}", 0 <= (self.gpus or 0) < math.inf, "0 or more"),
-            (f"--gpus-per-run {self.gpus or 0:g}", whole, "a fraction below 1, or a whole number"),
+            (f"--gpus-per-run {gpus:g}", 0 <= gpus < math.inf, "0 or more"),
+            (f"--gpus-per-run {gpus:g}", gpus <= 1 or gpus.is_integer(), "a fraction below 1, or a whole number"),
             (f"--retries {self.retries}", self.retries >= 0, "0 or more"),
+            (f"--ray-address {self.address}", known, "auto or HOST:PORT"),
             (f"--parallel {self.parallel}", self.parallel is None or self.parallel > 0, "1 or more"),
         ):
             if not right:
@@ -118,11 +123,16 @@ def connect(ray: Any, address: str) -> None:
     """Start a cluster here, or join one. Raises UserError when it cannot be had."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that a study runs
     size = {"object_store_memory": STORE, "include_dashboard": False} if address == HERE else {}
+    there = THERE.fullmatch(address)
     try:
+        if there and there["port"]:
+            socket.create_connection((there["host"].strip("[]"), int(there["port"])), PATIENCE).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"study: --ray-address {address}: no cluster ({reason}); leave it out to start one") from None
+        raise UserError(
+            f"study: --ray-address {address}: no cluster ({reason}); leave it out, and one is started here"
+        ) from None
 
 
 def room(ray: Any, cpus: float, gpus: float) -> int:
