@@ -22,8 +22,8 @@ CRC = "crc32"
 
 @contextmanager
 def lock(path: Path, refusal: str = "", shared: bool = False) -> Iterator[None]:
-    """Holds a lock file, which is made, alone or with others that share it. Raises UserError with `refusal`, if there is
-    one, when another process holds it, else waits.
+    """Holds a lock file, which is made, alone or with others that share it. Raises UserError with `refusal`, if there
+    is one, when another process holds it, else waits.
 
     The lock goes with the process that holds it, however that ends; where files cannot be locked, nobody is kept away.
     """

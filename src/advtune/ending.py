@@ -1,5 +1,5 @@
-"""How a verb ends: its exit status, and one line on stderr for what the user can mend; Ctrl-C, SIGTERM, a disk that takes
-no more, and the command that goes on. Of several processes that end for one reason, one says it."""
+"""How a verb ends: its exit status, and one line on stderr for what the user can mend; Ctrl-C, SIGTERM, a disk that
+takes no more, and the command that goes on. Of several processes that end for one reason, one says it."""
 
 from __future__ import annotations
 
