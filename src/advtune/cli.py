@@ -17,6 +17,7 @@ from advtune.arguments import build
 from advtune.errors import UserError, near, suggest
 from advtune.examples import START
 from advtune.parsing import parse
+from advtune.untrusted import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     args = parse(parser, given)
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # such a picture is an error here
     try:
         return VERBS[args.verb](args) or 0
     except UserError as error:
-        print(f"advtune: error: {error}", file=sys.stderr)
+        print(f"advtune: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0
     except OSError as error:
-        print(f"advtune: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        reason = f"{error.filename or ''}: {error.strerror or error}"
+        print(f"advtune: error: {visible(reason)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         way = str(stop) or "tuning goes on with --resume, evaluation by the same command"
@@ -298,7 +301,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"advtune: warning: {message}", file=sys.stderr)
+    print(f"advtune: warning: {visible(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

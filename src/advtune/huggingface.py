@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from advtune.clip import CLIP, ClipConfig
 from advtune.errors import UserError
+from advtune.untrusted import visible
+from advtune.weights import check_floats
 
 BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 
@@ -47,28 +50,36 @@ def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def fill(clip: CLIP, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy Hugging Face tensors into our parameters, in fp32. Raises UserError naming what does not fit."""
+def fill(clip: CLIP, tensors: dict[str, Tensor], source: Path) -> CLIP:
+    """Copy Hugging Face tensors into our parameters, on the processor, in fp32; a model on the meta device gets its
+    memory once every shape is right. Raises UserError naming what does not fit."""
     names = layout(clip.config)
     wanted = {name for group in names.values() for name in group}
     missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - BUFFERS)
     if missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
     if unknown:
-        raise UserError(f"{source}: {len(unknown)} tensors are not of a CLIP model, first {unknown[0]}")
-    parameters = dict(clip.named_parameters())
-    assert set(parameters) == set(names), "layout() and CLIP disagree"
+        raise UserError(f"{source}: {len(unknown)} tensors are not of a CLIP model, first {visible(unknown[0])[:100]}")
+    shapes = {name: value.shape for name, value in clip.named_parameters()}
+    assert set(shapes) == set(names), "layout() and CLIP disagree"
     for ours, group in names.items():
-        value = torch.cat([tensors[name] for name in group]) if len(group) > 1 else tensors[group[0]]
-        value = value.flatten(1) if ours == "image.embed.weight" else value
-        target = parameters[ours]
-        if value.numel() == 1:
-            value = value.reshape(target.shape)
-        if value.shape != target.shape:
-            raise UserError(
-                f"{source}: {group[0]} has shape {tuple(value.shape)}, config.json asks for {tuple(target.shape)}"
-            )
-        target.data.copy_(value)
+        for name in group:
+            _check(name, tensors[name], shapes[ours], len(group), source)
+    clip = clip.to_empty(device="cpu")
+    for ours, parameter in clip.named_parameters():
+        parts = [tensors[name].reshape(-1, *parameter.shape[1:]) for name in names[ours]]
+        parameter.data.copy_(torch.cat(parts).reshape(parameter.shape))
+    return clip
+
+
+def _check(name: str, value: Tensor, ours: torch.Size, parts: int, source: Path) -> None:
+    """Raises UserError unless a tensor is one of so many equal parts of our parameter, in finite numbers."""
+    wanted = (ours[0] // parts, *ours[1:]) if ours else ()
+    shape = tuple(value.shape)
+    flat = (*shape[:1], math.prod(shape[1:])) if len(shape) == 4 else shape  # the patches' convolution
+    if flat != wanted and not (value.numel() == 1 and math.prod(wanted) == 1):
+        raise UserError(f"{source}: {name} has shape {shape}, config.json asks for {wanted}")
+    check_floats(name, value, source)
 
 
 def to_huggingface(clip: CLIP) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ BOOLS = {
     "off": False,
     "0": False,
 }
+LONGEST = 100  # letters of a number; Python and a regular expression take long over more
 EXAMPLES = {int: "3", float: "0.5", bool: "true", str: "word"}
 
 
@@ -124,9 +126,9 @@ def as_options(instance: Any) -> dict[str, Any]:
 
 def parse_float(text: str) -> float:
     """A finite number written `0.5`, `1e-3` or `4/255`; not nan, not inf. Raises ValueError."""
-    found = FLOAT.fullmatch(text.strip())
+    found = FLOAT.fullmatch(text.strip()) if len(text) <= LONGEST else None
     if not found:
-        raise ValueError(f"{text!r} is not a number")
+        raise ValueError(f"{_shown(text)} is not a number")
     below = float(found[2] or 1)
     value = float(found[1]) / below if below else math.inf
     if not math.isfinite(value):
@@ -248,7 +250,7 @@ def _scalar(kind: type, value: Any, label: str) -> Any:
         text = value.strip()
         if kind is bool and text.lower() in BOOLS:
             return BOOLS[text.lower()]
-        if kind is int and INT.fullmatch(text):
+        if kind is int and len(text) <= LONGEST and INT.fullmatch(text):
             return int(text)
         if kind is float:
             try:
@@ -260,7 +262,7 @@ def _scalar(kind: type, value: Any, label: str) -> Any:
             return value
     elif kind is int and isinstance(value, int):
         return value
-    elif kind is float and isinstance(value, (int, float)) and math.isfinite(value):
+    elif kind is float and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:  # not nan
         return float(value)
     raise UserError(_wrong(label, value, kind))
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from advtune.errors import UserError
 
+SIDE = 4096  # of a picture that a model gets; more is a mistake
+LARGEST = 1e4  # of a mean; and the inverse of a standard deviation
+NARROW = 100  # longer side by shorter, beyond which a resized picture would fill the memory
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as preprocessor configs store them
 
 
@@ -29,6 +32,26 @@ class Preprocess:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     mode: str = "bicubic"
 
+    def __post_init__(self) -> None:
+        """Raises UserError for sides that are not 1 to SIDE, and statistics that are not three finite numbers."""
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        for side in (*(() if self.resize is None else sides), *(() if self.crop is None else (self.crop,))):
+            if not _is_side(side):
+                raise UserError(f"preprocessing: a size is {side!r:.40}, not a side of 1 to {SIDE} pixels")
+        for name, values, low in (("mean", self.mean, -LARGEST), ("std", self.std, 1 / LARGEST)):
+            if not _are_numbers(values, low):
+                raise UserError(f"preprocessing: {name} {values!r:.60} is not 3 numbers from {low:g} to {LARGEST:g}")
+        if self.mode not in INTERPOLATION.values() or len(sides) > 2:
+            raise UserError(f"preprocessing: to {self.resize!r:.40}, {self.mode!r:.40} is nothing that is known")
+
+    @property
+    def side(self) -> int | tuple[int, int] | None:
+        """The side of what comes out, of a square picture; (height, width) if that is no square, none if it is as it
+        goes in."""
+        if self.crop is not None:
+            return self.crop
+        return self.resize[0] if isinstance(self.resize, tuple) and len(set(self.resize)) == 1 else self.resize
+
     def __call__(self, x: Tensor) -> Tensor:
         x = self.crop_centre(self.resized(x))
         mean, std = (channels(each, x.device, x.dtype) for each in (self.mean, self.std))
@@ -45,6 +68,8 @@ class Preprocess:
             size = self.resize
         if size == (height, width):
             return x
+        if max(size) > NARROW * min(size):
+            raise UserError(f"an image of {height} x {width} pixels is too narrow; cut it nearer to a square")
         # Bicubic interpolation overshoots; 8-bit pipelines clip there, and so do we.
         return F.interpolate(x, size=size, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
 
@@ -66,11 +91,11 @@ def channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
 def from_config(config: Mapping[str, Any]) -> Preprocess:
     """Read a Hugging Face preprocessor_config.json.
 
-    Raises UserError on an interpolation other than bilinear or bicubic, or a size that says nothing.
+    Raises UserError on an interpolation other than bilinear or bicubic, a size that says nothing, and as Preprocess.
     """
-    resample = int(config.get("resample", 3))
+    resample = config.get("resample", 3)
     if resample not in INTERPOLATION:
-        raise UserError(f"preprocessor_config.json: resample {resample} is not bilinear (2) or bicubic (3)")
+        raise UserError(f"preprocessor_config.json: resample {resample!r:.40} is not bilinear (2) or bicubic (3)")
     default = Preprocess()
     normalise = config.get("do_normalize", True)
     return Preprocess(
@@ -82,19 +107,29 @@ def from_config(config: Mapping[str, Any]) -> Preprocess:
     )
 
 
-def _resize(size: Any) -> int | tuple[int, int]:
+def _resize(size: Any) -> Any:
     if isinstance(size, int):
         return size
-    if "shortest_edge" in size:
-        return int(size["shortest_edge"])
-    if "height" in size and "width" in size:
-        return int(size["height"]), int(size["width"])
-    raise UserError(f"preprocessor_config.json: size {size!r} has neither shortest_edge nor height and width")
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return size["shortest_edge"]
+    if isinstance(size, Mapping) and "height" in size and "width" in size:
+        return size["height"], size["width"]
+    raise UserError(f"preprocessor_config.json: size {size!r:.60} has neither shortest_edge nor height and width")
 
 
-def _crop(size: Any) -> int:
+def _crop(size: Any) -> Any:
     if isinstance(size, int):
         return size
-    if size.get("height") != size.get("width"):
-        raise UserError(f"preprocessor_config.json: crop_size {size!r} is not square")
-    return int(size["height"])
+    if not isinstance(size, Mapping) or size.get("height") != size.get("width"):
+        raise UserError(f"preprocessor_config.json: crop_size {size!r:.60} is not square")
+    return size["height"]
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= SIDE
+
+
+def _are_numbers(values: Any, low: float) -> bool:
+    """Whether there is one for each channel, none infinite and none below `low`."""
+    kinds = isinstance(values, tuple) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return kinds and len(values) == 3 and all(low <= value <= LARGEST for value in values)

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
-from advtune.clip import ACTIVATIONS, CLIP, ClipConfig, TowerConfig
+from advtune.clip import CLIP
+from advtune.configuration import read_config, table_of
 from advtune.errors import UserError
 from advtune.huggingface import fill, to_huggingface
-from advtune.preprocess import Preprocess, from_config
 from advtune.tokenizer import Tokenizer, load_tokenizer
+from advtune.untrusted import HUB_ID, expanded, is_there, visible
+from advtune.weights import read_tensors, weight_files
 
 EMBEDDED = {"mini": Path(__file__).parent / "assets" / "mini"}
 SMALL_FILES = ["*.json", "merges.txt"]
 DECISIVE = {"config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"}
-TEXT_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
-IMAGE_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+NOTICE = 600  # letters of a card's notice that are kept: it stands below every table
 
 
 @dataclass(frozen=True)
@@ -49,30 +45,37 @@ def read_pretrained(name: str) -> Pretrained:
     folder = locate(name)
     config = read_config(folder)
     files = weight_files(folder)
-    clip = CLIP(config)
-    fill(clip, read_tensors(files), folder)
-    card = folder / "card.json"
-    notice = json.loads(card.read_text())["notice"] if card.is_file() else ""
+    with torch.device("meta"):  # no memory until the weights are of the shapes that the configuration asks for
+        clip = CLIP(config)
+    clip = fill(clip, read_tensors(files), folder)
     return Pretrained(
         clip.eval().requires_grad_(False),
         load_tokenizer(folder, config),
         name,
-        fingerprint([*sorted(p for p in folder.iterdir() if p.name in DECISIVE), *files]),
-        notice,
+        fingerprint([*sorted(p for p in folder.iterdir() if p.name in DECISIVE and p.is_file()), *files]),
+        read_notice(folder),
     )
+
+
+def read_notice(folder: Path) -> str:
+    """What card.json wants to be said with every result, or nothing. Raises UserError for a damaged file."""
+    if not (folder / "card.json").is_file():
+        return ""
+    notice = table_of(folder / "card.json").get("notice", "")
+    return visible(notice)[:NOTICE] if isinstance(notice, str) else ""
 
 
 def locate(name: str) -> Path:
     """The folder of a backbone: embedded, local, or downloaded from the hub."""
     if name in EMBEDDED:
         return EMBEDDED[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expanded(name)
+    if name and is_there(path, Path.is_dir):
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not HUB_ID.fullmatch(name):
         known = ", ".join(EMBEDDED)
         raise UserError(
-            f"backbone {name!r}: no such folder, and not a hub id such as openai/clip-vit-base-patch32 "
+            f"backbone {name[:200]!r}: no such folder, and not a hub id such as openai/clip-vit-base-patch32 "
             f"(embedded: {known})"
         )
     return download(name)
@@ -92,97 +95,6 @@ def download(repo: str) -> Path:
             f"backbone {repo!r} cannot be downloaded ({reason}); give a local folder in the same format"
         ) from error
     return folder
-
-
-def read_config(folder: Path) -> ClipConfig:
-    """config.json and preprocessor_config.json of a CLIP folder. Raises UserError when they make no sense."""
-    try:
-        return _config(folder)
-    except UserError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}: config.json or preprocessor_config.json makes no sense ({error})") from None
-
-
-def _config(folder: Path) -> ClipConfig:
-    raw = _json(folder / "config.json")
-    if raw.get("model_type") != "clip":
-        raise UserError(f"{folder}: config.json has model_type {raw.get('model_type')!r}; only 'clip' is known")
-    text = {**TEXT_DEFAULTS, **raw.get("text_config", {})}
-    image = {**IMAGE_DEFAULTS, **raw.get("vision_config", {})}
-    vocabulary = int(text.get("vocab_size", 49408))
-    legacy = text.get("eos_token_id", 49407) == 2  # OpenAI's uploads; there the end token is the last id
-    size = int(image.get("image_size", 224))
-    preprocessor = folder / "preprocessor_config.json"
-    preprocess = from_config(_json(preprocessor)) if preprocessor.is_file() else Preprocess(size, size)
-    return ClipConfig(
-        image=_tower(image),
-        text=_tower(text),
-        embed=int(raw.get("projection_dim", 512)),
-        image_size=size,
-        patch=int(image.get("patch_size", 32)),
-        vocabulary=vocabulary,
-        context=int(text.get("max_position_embeddings", 77)),
-        start_token=vocabulary - 2 if legacy else int(text.get("bos_token_id", 49406)),
-        end_token=vocabulary - 1 if legacy else int(text.get("eos_token_id", 49407)),
-        preprocess=preprocess,
-    )
-
-
-def _tower(raw: Mapping[str, Any]) -> TowerConfig:
-    activation = raw.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if int(raw["hidden_size"]) % int(raw["num_attention_heads"]):
-        raise ValueError(f"{raw['num_attention_heads']} heads do not divide width {raw['hidden_size']}")
-    return TowerConfig(
-        width=int(raw["hidden_size"]),
-        layers=int(raw["num_hidden_layers"]),
-        heads=int(raw["num_attention_heads"]),
-        mlp=int(raw["intermediate_size"]),
-        activation=activation,
-        eps=float(raw.get("layer_norm_eps", 1e-5)),
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: {path.name} is missing; a Hugging Face CLIP folder is needed") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: safetensors before pickled, whole before sharded."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        whole, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
-        if whole.is_file():
-            return [whole]
-        if index.is_file():
-            shards = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-            for shard in shards:
-                if not shard.is_file():
-                    raise UserError(f"{folder}: shard {shard.name} is named by {index.name} but missing")
-            return shards
-    raise UserError(f"{folder}: no weights (model.safetensors, or pytorch_model.bin, whole or sharded)")
-
-
-def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of the files; pickles are read with weights_only=True."""
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            if path.suffix == ".safetensors":
-                part = load_file(path)
-            else:
-                part = torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
-            reason = str(e).strip().partition("\n")[0][:120]
-            raise UserError(f"{path}: weights are truncated or damaged ({reason}); fetch the file again") from e
-        tensors.update(part)
-    return tensors
 
 
 def write_pretrained(clip: CLIP, folder: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -20,6 +20,7 @@ from advtune.options import as_options, pairs
 from advtune.protocols import NEEDS_DATA, NONE, PROTOCOLS, Run, attacks_in_training, attacks_of, local
 from advtune.report.published import papers
 from advtune.results import write_atomic
+from advtune.untrusted import read_bytes
 
 FILE = "study.toml"
 ATTACK: dict[str, Any] = {"name": "pgd", "steps": 100}
@@ -223,11 +224,11 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
 def read(path: str | Path) -> dict[str, Any]:
     """The facts of a study file. Raises UserError when it is not there or not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(read_bytes(Path(path)).decode())
     except OSError as error:
         hint = near(path, PROTOCOLS)
         raise UserError(f"{path}: neither a protocol nor a file that can be read ({error.strerror}); {hint}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
 
 

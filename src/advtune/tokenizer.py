@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from advtune.clip import ClipConfig
 from advtune.errors import UserError
+from advtune.untrusted import read_bytes, read_json, visible
 
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 PLACEHOLDER = "x"  # stands where a learned prompt token will overwrite the embedding
@@ -61,25 +61,31 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
-    """From tokenizer.json, or from vocab.json and merges.txt. Raises UserError when neither is there."""
-    if (folder / "tokenizer.json").is_file():
-        try:
-            encoder = Encoder.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception on a damaged file
-            raise UserError(f"{folder / 'tokenizer.json'}: truncated or damaged ({error})") from error
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [tuple(line.split()) for line in lines if len(line.split()) == 2 and not line.startswith("#version")]
-        encoder = byte_pair_encoder(json.loads((folder / "vocab.json").read_text(encoding="utf-8")), merges)
-    else:
+    """From tokenizer.json, or from vocab.json and merges.txt. Raises UserError when neither is there, or damaged."""
+    file = folder / "tokenizer.json"
+    pair = folder / "vocab.json", folder / "merges.txt"
+    if not file.is_file() and not all(each.is_file() for each in pair):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    encoder.no_padding()
-    encoder.no_truncation()
-    if encoder.get_vocab_size() > config.vocabulary:
-        raise UserError(
-            f"{folder}: the tokenizer has {encoder.get_vocab_size()} ids, the model only {config.vocabulary}"
-        )
-    return Tokenizer(encoder, config.start_token, config.end_token, config.context)
+    try:
+        encoder = Encoder.from_buffer(read_bytes(file)) if file.is_file() else _from_pair(*pair)
+        encoder.no_padding()
+        encoder.no_truncation()
+        found = Tokenizer(encoder, config.start_token, config.end_token, config.context)
+        found.pieces("a photo")  # some damage shows only now
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and where it panics not even that
+        what = file if file.is_file() else pair[0]
+        raise UserError(f"{what}: truncated or damaged ({visible(str(error))[:120]}); fetch the file again") from None
+    ids = 1 + max(encoder.get_vocab().values(), default=0)
+    if ids > config.vocabulary:
+        raise UserError(f"{folder}: the tokenizer has {ids} ids, the model only {config.vocabulary}")
+    return found
+
+
+def _from_pair(vocabulary: Path, merges: Path) -> Encoder:
+    pairs = [tuple(line.split()) for line in read_bytes(merges).decode().splitlines() if line[:8] != "#version"]
+    return byte_pair_encoder(read_json(vocabulary), [pair for pair in pairs if len(pair) == 2])
 
 
 def byte_pair_encoder(vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> Encoder:

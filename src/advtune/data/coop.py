@@ -4,7 +4,6 @@ The file holds {"train": [[path, label, class name], ...], "val": [...], "test":
 Its few-shot choices are pickles, which are never read: shots are chosen by content here, as for every set.
 """
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any
 
 from advtune.data.sources import Part, Source, read_file
 from advtune.errors import UserError
+from advtune.untrusted import read_json
 
 PARTS = ("train", "val", "test")
 
@@ -26,10 +26,10 @@ def open_coop(root: Path, coop: Mapping[str, Any], name: str) -> Source:
     if not images.is_dir():
         raise UserError(f"{name}: {file.name} is there but not the images: put them in {images}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except OSError as error:
         raise UserError(f"{name}: cannot read {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{name}: {file} is not JSON ({error}); fetch it again") from None
     if not isinstance(found, dict) or not all(isinstance(found.get(part), list) for part in PARTS):
         raise UserError(f"{name}: {file} has no lists train, val and test; fetch it again")

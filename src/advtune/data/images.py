@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from advtune.data.cache import Arrays, cache_dir, create, in_memory, load, replacing
 from advtune.data.fewshot import Split, select
@@ -27,8 +27,16 @@ from advtune.errors import UserError
 from advtune.memory import room
 from advtune.progress import track
 
-DECODER = f"1, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
+DECODER = f"2, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
 Decoded = tuple[torch.Tensor, torch.Tensor, dict[int, str]]  # x uint8 [N, 3, S, S], good bool [N], why bad
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's others are rare, and EPS runs a program
+PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond these
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+ORIENTATION = 0x0112  # of EXIF's tags
 _warned: set[str] = set()
 
 
@@ -85,39 +93,71 @@ def load_images(task: Task, split: Split, *, cache: Path | None = None, progress
 
 
 def decode(data: bytes, resolution: int | str) -> np.ndarray:
-    """Encoded bytes -> uint8 [3, S, S]: upright, RGB, short side to S (bicubic), centre crop.
+    """Encoded bytes -> uint8 [3, S, S]: upright, RGB, short side to S (bicubic), centre crop; of an animation the first
+    picture.
 
-    "native" keeps the size. Transparent pixels are laid on white. 16-bit grey keeps its upper 8 bits.
-    Raises what Pillow raises.
+    "native" keeps the size. Transparent pixels are laid on white. 16-bit grey keeps its upper 8 bits. Raises what
+    Pillow raises, and ValueError for a format that is not in FORMATS and as `fit`.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        opened.load()
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture, or in none of the formats {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"more than {PIXELS / 1e6:.0f} million pixels") from None
+    with opened:
         return fit(opened, resolution)
 
 
 def fit(image: Image.Image, resolution: int | str) -> np.ndarray:
-    """A picture -> uint8 [3, S, S], as `decode` says."""
-    image = to_rgb(ImageOps.exif_transpose(image))
+    """A picture -> uint8 [3, S, S], as `decode` says. Raises ValueError, before a pixel is decoded, for none and for
+    more than PIXELS."""
+    if min(image.size) < 1:
+        raise ValueError("no pixels")
+    if image.width * image.height > PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {PIXELS / 1e6:.0f} million")
+    image.load()
+    image = to_rgb(upright(image))
     if resolution != "native":
-        side = int(resolution)
-        scale = side / min(image.size)
-        if scale != 1:
-            width, height = (side if v == min(image.size) else int(v * scale) for v in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-        image = image.crop((left, top, left + side, top + side))
+        image = square(image, int(resolution))
     return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
 
 
+def square(image: Image.Image, side: int) -> Image.Image:
+    """Short side to `side`, then the centre. Of a very narrow picture, whose long side would fill the memory, the
+    centre alone is computed."""
+    scale = side / min(image.size)
+    width, height = (side if v == min(image.size) else int(v * scale) for v in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    if width * height > PIXELS:
+        across, down = image.width / width, image.height / height
+        right, bottom = min(image.width, (left + side) * across), min(image.height, (top + side) * down)
+        box = (left * across, top * down, right, bottom)
+        return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    if scale != 1:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + side, top + side))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it lies where that is damaged or not there."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow raises nearly anything on hostile bytes
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB. Raises ValueError for floating-point pictures, whose range is unknown."""
+    """Any Pillow mode -> RGB. Raises ValueError for floating-point and 32-bit pictures, whose range is unknown."""
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to white
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("32-bit pixels, whose range is not known")
         wide = image.mode.startswith("I;16") or values.max() > 255  # "I" is what 16 bits were before Pillow 11
-        values = values >> 8 if wide else values
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values >> 8 if wide else values).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels")
+        raise ValueError("floating-point pixels, whose range is not known")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

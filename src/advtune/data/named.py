@@ -12,6 +12,7 @@ from advtune.data.coop import open_coop
 from advtune.data.parquet import open_hub, open_parquet, shards
 from advtune.data.sources import Source, normal, open_folder
 from advtune.errors import UserError
+from advtune.untrusted import expanded
 
 
 def open_named(name: str) -> Source:
@@ -43,7 +44,7 @@ def open_named(name: str) -> Source:
 def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
     if not os.environ.get("ADVTUNE_DATA"):
         return None
-    top, coop = Path(os.environ["ADVTUNE_DATA"]).expanduser(), facts["coop"]
+    top, coop = expanded(os.environ["ADVTUNE_DATA"]), facts["coop"]
     for place in (top / name, top / coop["folder"]) if coop else ():
         if (place / coop["split"]).is_file():
             return _coop(place, name, facts)

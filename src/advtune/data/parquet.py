@@ -5,8 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from advtune.data.sources import VAL_NAMES, Part, Source, existing, number, part_names, split_of
+from advtune.data.sources import VAL_NAMES, Part, Source, existing, number, part_names, read_file, split_of
 from advtune.errors import UserError
+from advtune.untrusted import HUB_ID, visible
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category", "target", "cls")
@@ -74,7 +75,7 @@ def _cache_of(files: dict[str, list[str]], spec: str) -> str:
 def open_hub(where: str, label: str = "") -> Source:
     """`OWNER/NAME` or `OWNER/NAME:CONFIG` on the Hugging Face hub; needs the network or the hub's cache."""
     repo, _, config = where.partition(":")
-    if repo.count("/") != 1 or not all(repo.split("/")):
+    if not HUB_ID.fullmatch(repo):
         raise UserError(f"hf:{where} is not hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
     return to_source(_load(repo, f"hf:{where}", name=config or None), repo.split("/")[1], f"hf:{where}", label)
 
@@ -90,7 +91,7 @@ def _load(what: str, spec: str, **options: Any) -> dict[str, Any]:
     except PermissionError as error:
         raise UserError(f"{spec}: cannot write {error.filename}; set HF_HOME to a writable folder") from None
     except Exception as error:  # the library raises a dozen kinds, none of them shared
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = visible((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
         if spec.startswith("parquet:"):
             raise UserError(f"{spec} cannot be read: {reason}") from None
         raise UserError(
@@ -104,6 +105,7 @@ def to_source(splits: dict[str, Any], name: str, spec: str, label: str = "") -> 
     image = _image_column(first, spec)
     label = label if label in first.features else _label_column(first, spec)
     raw = {key: _column(split, label).to_pylist() for key, split in splits.items()}
+    _check_kind(raw, label, spec)
     used = part_names(key for key, values in raw.items() if not values or any(map(_is_label, values)))
     if not used:
         raise UserError(f"{spec} has no labelled train or test split (it has: {', '.join(splits)})")
@@ -116,12 +118,23 @@ def to_source(splits: dict[str, Any], name: str, spec: str, label: str = "") -> 
         labels, classes = number(labels)
     if beyond := [label for values in labels.values() for label in values if label >= len(classes)]:
         raise UserError(f"{spec}: the label {beyond[0]} has no name, as there are {len(classes)}; name every class")
-    parts = {part: _part(splits[key], image, labels[part], part) for part, key in used.items()}
+    parts = {part: _part(splits[key], image, labels[part], part, spec) for part, key in used.items()}
     return Source(name, classes, parts, split_of(used))
 
 
 def _is_label(value: Any) -> bool:
     return value not in (None, "") and not (isinstance(value, int) and value < 0)
+
+
+def _check_kind(raw: dict[str, list[Any]], label: str, spec: str) -> None:
+    """Raises UserError for labels that are neither texts nor whole numbers: lists, times, 0.5."""
+    for values in raw.values():
+        for i, value in enumerate(values):
+            if value is not None and not isinstance(value, int | str):
+                kind = type(value).__name__
+                raise UserError(
+                    f"{spec}: column {label!r}, row {i}: a {kind} is no label; write texts or whole numbers"
+                )
 
 
 def _column(split: Any, name: str) -> Any:
@@ -151,16 +164,20 @@ def _label_column(split: Any, spec: str) -> str:
     raise UserError(f"{spec} has no label column (it has: {', '.join(split.features)}); call one 'label'")
 
 
-def _part(split: Any, image: str, labels: list[int], name: str) -> Part:
+def _part(split: Any, image: str, labels: list[int], name: str, spec: str) -> Part:
     import datasets
 
     records = split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     paths = [p for chunk in _column(records, image).chunks for p in chunk.field("path").to_pylist()]
+    own = spec.startswith("hf:")  # there a path is of what the library downloaded
 
     def read(i: int) -> bytes:
         cell = records[i][image] or {}
         if cell.get("bytes") is None and cell.get("path"):
-            return Path(cell["path"]).read_bytes()
+            if not own:
+                raise UserError(f"{spec}: row {i} of the {name} part names a file but holds no picture; write it "
+                                "into the parquet file, or give csv:PATH")  # fmt: skip
+            return read_file([Path(cell["path"])], 0)
         return cell.get("bytes") or b""
 
     return Part(labels, [path or f"{name}[{i}]" for i, path in enumerate(paths)], read)

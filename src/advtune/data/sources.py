@@ -7,6 +7,8 @@ Nothing is decoded here: a Part reads encoded bytes, one image at a time.
 
 import csv
 import hashlib
+import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from advtune.errors import UserError
+from advtune.untrusted import IMAGE_BYTES, expanded, is_there, read_bytes, visible
 
 VAL_NAMES = ("validation", "valid", "val")
+NO_LABEL = re.compile(r"-\d+|[+-]?\d*\.\d+|[+-]?\d+\.\d*", re.ASCII)  # a number, but no whole one from 0
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -85,10 +89,10 @@ def split_of(used: Mapping[str, str]) -> str:
 
 def existing(path: str, kind: str) -> Path:
     """The path of a spec. Raises UserError if there is none."""
-    found = Path(path).expanduser()
-    if not path or not found.exists():
-        raise UserError(f"{kind}:{path}: there is no such path; check the spelling")
-    return found
+    found = expanded(path)
+    if path and is_there(found):
+        return found
+    raise UserError(f"{kind}:{path}: there is no such path; check the spelling")
 
 
 def normal(name: str) -> str:
@@ -99,9 +103,9 @@ def normal(name: str) -> str:
 def read_file(paths: Sequence[Path], i: int) -> bytes:
     """The bytes of file i. Raises UserError when it cannot be read."""
     try:
-        return paths[i].read_bytes()
+        return read_bytes(paths[i], IMAGE_BYTES)
     except OSError as error:
-        raise UserError(f"cannot read the image {paths[i]}: {error.strerror}") from None
+        raise UserError(f"cannot read the image {paths[i]}: {error.strerror}; mend or remove it") from None
 
 
 def open_folder(path: str) -> Source:
@@ -134,7 +138,7 @@ def _folder_part(root: Path, folders: Sequence[Path]) -> Part:
     labels: list[int] = []
     paths: list[Path] = []
     for label, folder in enumerate(folders):
-        images = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
+        images = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
         labels += [label] * len(images)
         paths += images
     return Part(labels, [p.relative_to(root).as_posix() for p in paths], partial(read_file, paths))
@@ -143,19 +147,11 @@ def _folder_part(root: Path, folders: Sequence[Path]) -> Part:
 def open_csv(path: str) -> Source:
     """A CSV with header: image (path relative to the file), label (name or integer), perhaps split or part.
 
-    A file without a split column is a single split. Errors name the line of the file.
+    A file without a split column is a single split. Paths may be absolute or leave the folder: the list is the user's.
+    Errors name the line of the file.
     """
     file = existing(path, "csv")
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"csv:{path} cannot be read as UTF-8 CSV: {error}") from None
-    columns = [c for c in reader.fieldnames or () if c]
-    for needed in ("image", "label"):
-        if needed not in columns:
-            raise UserError(f"csv:{path} has no column {needed!r} (it has: {', '.join(columns)}); add it")
+    columns, rows = _csv_rows(file, path)
     split = next((c for c in ("split", "part") if c in columns), None)
     groups: dict[str, list[tuple[Path, str, str]]] = {}
     for line, row in rows:
@@ -163,10 +159,14 @@ def open_csv(path: str) -> Source:
         name = (row[split] or "").strip().lower() if split else "all"
         if not image or label in ("", "-1"):
             raise UserError(f"csv:{path} line {line}: needs an image and a label")
+        if NO_LABEL.fullmatch(label):
+            raise UserError(
+                f"csv:{path} line {line}: the label {label[:40]} is no whole number from 0; write the class"
+            )
         if split and name not in {"train", "test", *VAL_NAMES}:
-            raise UserError(f"csv:{path} line {line}: {split} must be train, val or test, not {name!r}")
-        if not (file.parent / image).is_file():
-            raise UserError(f"csv:{path} line {line}: there is no file {image!r} beside the CSV")
+            raise UserError(f"csv:{path} line {line}: {split} must be train, val or test, not {name[:40]!r}")
+        if not is_there(file.parent / image, Path.is_file):
+            raise UserError(f"csv:{path} line {line}: there is no file {image[:200]!r} beside the CSV")
         groups.setdefault(name, []).append((file.parent / image, image, label))
     names = part_names(groups)
     used = {part: groups[name] for part, name in names.items()}
@@ -178,10 +178,33 @@ def open_csv(path: str) -> Source:
     return Source(file.stem, classes, parts, split_of(names))
 
 
+def _csv_rows(file: Path, path: str) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    """The columns and, with the number of its line, each row. Raises UserError without the columns that are needed."""
+    try:
+        text = read_bytes(file).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise UserError(f"csv:{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"csv:{path} cannot be read as UTF-8 CSV: {error}") from None
+    columns = [c for c in reader.fieldnames or () if c]
+    for needed in ("image", "label"):
+        if needed in columns:
+            continue
+        first = ", ".join(columns)[:200]
+        if other := next((sign for sign in ";\t|" if len(columns) == 1 and sign in first), ""):
+            raise UserError(f"csv:{path}: the columns are divided by {visible(other)!r}; divide them by commas")
+        raise UserError(f"csv:{path} has no column {needed!r} (its first line: {first}); begin it with image,label")
+    if twice := next((c for c in columns if columns.count(c) > 1), ""):
+        raise UserError(f"csv:{path} has two columns {twice[:40]!r}; remove one")
+    return columns, rows
+
+
 def number(raw: dict[str, list[Any]]) -> tuple[dict[str, list[int]], list[str]]:
     """Labels of any kind -> integers and class names: names in alphabetic order, numbers in order of size."""
     values = {str(v).strip() for part in raw.values() for v in part}
-    numeric = all(v.isdecimal() for v in values)
+    numeric = all(v.isdecimal() and len(v) < 20 for v in values)  # Python refuses numbers of thousands of digits
     order = sorted(values, key=lambda v: (int(v), v)) if numeric else sorted(values)
     index = {value: i for i, value in enumerate(order)}
     return {part: [index[str(v).strip()] for v in vs] for part, vs in raw.items()}, order

@@ -1,6 +1,6 @@
 """A task is a labelled image source with its words: class names in label order and a prompt template."""
 
-import json
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from advtune.data.named import open_named
 from advtune.data.parquet import open_hub, open_parquet
 from advtune.data.sources import Part, Source, normal, open_csv, open_folder
 from advtune.errors import UserError, suggest
+from advtune.untrusted import UNSEEN, read_json
 
 OPENERS: dict[str, Callable[[str], Source]] = {
     "folder": open_folder,
@@ -140,10 +141,13 @@ def check_words(classes: Sequence[str], template: str, what: str) -> None:
     seen: dict[str, str] = {}
     for name in classes:
         if not name or set("{}") & set(name):
-            raise UserError(f"the class name {name!r} is empty or holds a brace; rename it with classes=")
-        if name.casefold() in seen:
-            raise UserError(f"the classes {seen[name.casefold()]!r} and {name!r} are one text; give classes=")
-        seen[name.casefold()] = name
+            raise UserError(f"the class name {name[:60]!r} is empty or holds a brace; rename it with classes=")
+        if UNSEEN.search(name):
+            raise UserError(f"the class name {name[:60]!a} holds a control character; rename it with classes=")
+        folded = unicodedata.normalize("NFC", name).casefold()  # as the tokenizer sees it
+        if folded in seen:
+            raise UserError(f"the classes {seen[folded][:60]!r} and {name[:60]!r} are one text; give classes=")
+        seen[folded] = name
 
 
 def rename(old: Sequence[str], given: Words) -> list[str]:
@@ -167,10 +171,10 @@ def rename(old: Sequence[str], given: Words) -> list[str]:
         return names
     if len(words) != len(old):
         raise UserError(f"classes: {len(words)} names for {len(old)} labels; give one each, or {{old: new}}")
-    known = [normal(name) for name in old]
+    known = {normal(name): i for i, name in reversed(list(enumerate(old)))}
     for i, name in enumerate(words):
-        if normal(name) in known and normal(name) != known[i]:  # positional renaming would swap labels unseen
-            place = known.index(normal(name))
+        place = known.get(normal(name), i)
+        if place != i and normal(old[i]) != normal(name):  # positional renaming would swap labels unseen
             raise UserError(f"classes: {name!r} is number {i} but {place} in the source; keep its order")
     return list(words)
 
@@ -180,7 +184,7 @@ def read_classes(given: str) -> Any:
     if not given.endswith(".json"):
         return [name.strip() for name in given.split(",")]
     try:
-        return json.loads(Path(given).read_text(encoding="utf-8"))
+        return read_json(Path(given))
     except OSError as error:
         raise UserError(f"classes: cannot read {given}: {error.strerror}") from None
     except ValueError as error:
