@@ -181,7 +181,7 @@ class TextTower(nn.Module):
             if tokens.shape[1] != len(self.position):
                 raise ValueError(f"every text must be filled to {len(self.position)} tokens, not {tokens.shape[1]}")
             return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
-        is_end = tokens == self.end_token
+        is_end = tokens.eq(-1 if self.end_token is None else self.end_token)
         if not bool(is_end.any(dim=1).all()):
             raise ValueError(f"every text needs the end token {self.end_token}")
         return is_end.int().argmax(dim=1)
