@@ -212,7 +212,7 @@ class TextTower(nn.Module):
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if prompts is not None and 0 < i < prompts.shape[0]:
-                if prompts.dim() == 3 and p:
+                if p > self.first:
                     head = overwrite(head, prompts[i], self.first)
                 else:
                     tail = overwrite(tail, prompts[i], self.first - p)
@@ -225,14 +225,16 @@ class TextTower(nn.Module):
         return self.project(self.norm_post(tail[:, 0]))
 
     def shared(self, tokens: Tensor, prompts: Tensor | None) -> int:
-        """How many places at the beginning are the same in every text [C, L] and do not see the others: none, where
-        tokens see all; else at least the start token, where there is one."""
+        """How many places at the beginning are the same in every text [C, L], prompts with them or not at all, and
+        precede what is read: none, where tokens see all; else at least the start token, where there is one."""
         if not self.causal:
             return 0
-        same = (tokens == tokens[:1]).all(dim=0)
+        same, behind = (tokens == tokens[:1]).all(dim=0), 0
         if prompts is not None:
-            same[self.first : self.first + prompts.shape[-2]] = prompts.dim() == 3
-        return min(int(same.int().cumprod(0).sum()), tokens.shape[1] - 1)
+            behind = self.first + prompts.shape[-2]
+            same[self.first : behind] = prompts.dim() == 3
+        found = min(int(same.int().cumprod(0).sum()), int(self.ends(tokens).min()))
+        return found if found >= behind else min(found, self.first)
 
 
 class CLIP(nn.Module):

@@ -146,7 +146,8 @@ def tokenized(
     if reads == "end" and end is None:
         raise UserError("the tokenizer has no end token, where texts are read; is it this model's?")
     project = "none" if text.get("proj_type") == "none" else "affine" if text.get("proj_bias") else "linear"
-    shape = TextShape(reads, causal, project, pad, not causal or reads == "last", clean)
+    fixed = not causal or reads == "last"
+    shape = TextShape(reads, causal, project, pad if named or fixed else None, fixed, clean)
     return replace(config, start_token=start, end_token=end, words=shape)
 
 

@@ -38,7 +38,7 @@ def lay(clip: CLIP, file: Path) -> None:
     turned = frozenset({"image.project.weight"} if MARKS[mark] == "visual." else ())
     aside = frozenset(name for name in tensors if name.endswith(("num_batches_tracked", "attn_mask", "position_ids")))
     how = Layout(names, turned, aside, "this image tower")
-    if set(names) != set(own):
+    if set(names) != set(own) or mark.startswith("attnpool.") != bool(clip.config.vision.stages):
         raise UserError(f"{file}: its tensors are named as of another kind of tower than the backbone's")
     fits({name: value.shape for name, value in own.items()}, tensors, file, how)
     for name in {name for group in names.values() for name in group}:
