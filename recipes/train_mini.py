@@ -29,7 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from advtune.clip import CLIP, ClipConfig, ImageTower, TowerConfig
-from advtune.pretrained import Pretrained, read_pretrained, write_pretrained
+from advtune.formats.writing import write_pretrained
+from advtune.pretrained import Pretrained, read_pretrained
 from advtune.tokenizer import Tokenizer, load_tokenizer
 
 VOCABULARY, KEPT_OUT, SCALE = 16384, 500, 24.0  # token ids; pictures never trained on; the teacher's logit scale

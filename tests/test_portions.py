@@ -10,8 +10,8 @@ import torch
 import advtune
 import naive
 from advtune import portions
+from advtune.huggingface import to_huggingface
 from advtune.memory import container, room
-from advtune.pretrained import to_huggingface
 from advtune.vlm import load_vlm
 
 NAMES = ["red", "a b c d e f", "of", "photo", "a b c d e g", "c"]

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from advtune.errors import UserError
-from advtune.pretrained import fingerprint, read_pretrained, write_pretrained
+from advtune.formats.writing import write_pretrained
+from advtune.pretrained import fingerprint, read_pretrained
 from conftest import write_clip
 
 
@@ -119,8 +120,8 @@ def test_a_strangers_pickle_is_not_run(folder, tmp_path):
 
 def test_other_model_types_and_unknown_names(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
-    with pytest.raises(UserError, match="siglip"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "blip-2"}))
+    with pytest.raises(UserError, match="blip-2"):
         read_pretrained(str(folder))
     for name in ("nonsense", "./not-there", "a/b/c"):
         with pytest.raises(UserError, match="no such folder"):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from advtune.configuration import read_config
 from advtune.errors import UserError
-from advtune.pretrained import EMBEDDED, read_config
+from advtune.pretrained import EMBEDDED
 from advtune.prompts import Prompts
 from advtune.tokenizer import load_tokenizer
 

@@ -12,8 +12,8 @@ from advtune.parsing import Parser
 
 DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
 BACKBONE_HELP = (
-    "mini, a folder in Hugging Face CLIP format, a hub id (openai/clip-vit-base-patch32), or a run folder "
-    "to tune on top of an already robust tower"
+    "mini, a folder (Hugging Face CLIP or SigLIP, open_clip), OpenAI's .pt, a hub id (openai/clip-vit-base-patch32, "
+    "hf-hub:ID), with +FILE another image tower; or a run folder, to tune on top of an already robust tower"
 )
 
 
@@ -165,6 +165,7 @@ def _machine(p: argparse.ArgumentParser, compile: bool = True) -> None:
 def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int | None = None) -> None:
     p.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     p.add_argument("--backbone", default=None, metavar="B", help=BACKBONE_HELP + " (default: mini)")
+    p.add_argument("--image-size", type=int, metavar="N", help="side of the backbone's images: positions interpolated")
     p.add_argument("-a", dest="attack_options", action="append", default=[], metavar="KEY=VALUE", help=attack_help)
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of shots, prompts and noise (default 0)")
     p.add_argument("--limit", type=images, default=limit, metavar="N",

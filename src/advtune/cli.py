@@ -136,6 +136,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
         if not resolution.isdecimal() or int(resolution) < 1:
             raise UserError(f"--resolution {resolution!r} is neither a number of pixels nor native")
         resolution = int(resolution)
+    name += "" if args.image_size is None else f"@{args.image_size}"
     with distributed.in_turn():
         model = runs.load(name, args.device, args.precision, args.compile)
         task = task_for(model, args.data, args.classes, args.template, args.subset)

@@ -7,58 +7,17 @@ D embedding width, S image side, H heads, N image patches, K prompt depth.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from advtune.preprocess import Preprocess
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """What decides the shape of one transformer tower."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    activation: str = "quick_gelu"
-    eps: float = 1e-5
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """What decides the shape of the dual encoder, and how it wants its pixels."""
-
-    image: TowerConfig
-    text: TowerConfig
-    embed: int
-    image_size: int
-    patch: int
-    vocabulary: int
-    context: int
-    start_token: int
-    end_token: int
-    preprocess: Preprocess = field(default_factory=Preprocess)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI CLIP's GELU: x * sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
+from advtune.memory import through
+from advtune.pooling import AttentionPool
+from advtune.resnet import ResNet
+from advtune.shapes import ACTIVATIONS, ClipConfig, TowerConfig, projection, resized
 
 SHORT = 300  # tokens up to which attention's scores are cheaper to keep than to recompute, on a processor
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -126,13 +85,6 @@ def pick(x: Tensor, place: Tensor | int) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), place][:, None]
 
 
-def through(block: nn.Module, again: bool, *given: Any) -> Any:
-    """block(*given); with `again`, what it computes on the way is forgotten, and computed once more for a gradient."""
-    if again and torch.is_grad_enabled():
-        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
-    return block(*given)
-
-
 def overwrite(x: Tensor, prompt: Tensor, start: int) -> Tensor:
     """x [B, L, W] with positions start .. start + P replaced by prompt [P, W], the same for every row, or by each
     row's own, [B, P, W]."""
@@ -145,15 +97,18 @@ class ImageTower(nn.Module):
 
     def __init__(self, config: ClipConfig):
         super().__init__()
-        tower = config.image
-        self.patch = config.patch
-        self.embed = nn.Linear(3 * config.patch**2, tower.width, bias=False)
-        self.class_token = nn.Parameter(torch.randn(tower.width) * 0.02)
-        self.position = nn.Parameter(torch.randn(1 + (config.image_size // config.patch) ** 2, tower.width) * 0.02)
-        self.norm_pre = nn.LayerNorm(tower.width, tower.eps)
+        tower, shape = config.image, config.vision
+        self.patch, self.grid = config.patch, config.image_size // config.patch
+        self.reads, self.norm_after, self.own = shape.reads, shape.norm_after, int(shape.class_token)
+        self.embed = nn.Linear(3 * config.patch**2, tower.width, bias=shape.patch_bias)
+        self.class_token = nn.Parameter(torch.randn(tower.width) * 0.02) if shape.class_token else None
+        places = self.own + ((shape.native or config.image_size) // config.patch) ** 2
+        self.position = nn.Parameter(torch.randn(places, tower.width) * 0.02)
+        self.norm_pre = nn.LayerNorm(tower.width, tower.eps) if shape.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(tower) for _ in range(tower.layers))
         self.norm_post = nn.LayerNorm(tower.width, tower.eps)
-        self.project = nn.Linear(tower.width, config.embed, bias=False)
+        self.pool = AttentionPool(tower) if shape.reads == "attention" else None
+        self.project = projection(shape.project, tower.width, config.embed)
 
     def patches(self, x: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, N, 3 * patch * patch]; a remainder at the right and bottom is dropped, as by a
@@ -162,15 +117,28 @@ class ImageTower(nn.Module):
         x = x[:, :, : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
+    def positions(self) -> Tensor:
+        """Position embeddings [n, W] of the class token, where there is one, and the patches."""
+        if len(self.position) == self.own + self.grid**2:
+            return self.position
+        return torch.cat([self.position[: self.own], resized(self.position[self.own :], self.grid)])
+
+    def blank(self) -> Tensor:
+        """The token [W] of a patch that shows nothing, at a mean place."""
+        bias = 0 if self.embed.bias is None else self.embed.bias
+        return (self.position[self.own :].mean(0) + bias).detach()
+
     def forward(
         self, x: Tensor, prompts: Tensor | None = None, dense: bool = False, again: bool = False
     ) -> Tensor:  # fmt: skip
         """prompts [K, P, W]: the first is appended after the patch tokens, before the pre-norm and without a
         position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117).
-        dense: the embeddings of the class token and the patches, [B, 1 + N, D]. again: see `through`."""
-        tokens = self.embed(self.patches(x))  # [B, N, W]
-        first = self.class_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
-        x = torch.cat([first, tokens], dim=1) + self.position  # [B, 1 + N, W]
+        dense: the embeddings of the class token (of the whole, where there is none) and the patches, [B, 1 + N, D].
+        again: see `through`."""
+        x = self.embed(self.patches(x))  # [B, N, W]
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # [B, 1 + N, W]
+        x = x + self.positions()
         plain = x.shape[1]
         if prompts is not None:
             x = torch.cat([x, prompts[0].to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
@@ -178,68 +146,101 @@ class ImageTower(nn.Module):
         for i, block in enumerate(self.blocks):
             if prompts is not None and 0 < i < prompts.shape[0]:
                 x = overwrite(x, prompts[i], plain)
-            last = i == len(self.blocks) - 1 and not dense
+            last = i == len(self.blocks) - 1 and not dense and self.reads == "class"
             x = through(block, again, x, 0 if last else None)  # the class token alone is read
-        return self.project(self.norm_post(x[:, :plain] if dense else x[:, 0]))
+        if self.reads == "class":
+            return self.project(self.norm_post(x[:, :plain] if dense else x[:, 0]))
+        return self.project(self.pooled(x[:, self.own : plain], dense))
+
+    def pooled(self, patches: Tensor, dense: bool) -> Tensor:
+        """Patches of the last layer [B, N, W] -> the whole [B, W]; dense: before the patches, [B, 1 + N, W]."""
+        normed = self.norm_post(patches)
+        if self.pool is not None:
+            whole, each = self.pool(normed), self.pool.each(normed) if dense else normed
+        else:
+            whole, each = self.norm_post(patches.mean(1)) if self.norm_after else normed.mean(1), normed
+        return torch.cat([whole[:, None], each], dim=1) if dense else whole
 
 
 class TextTower(nn.Module):
-    """Causal transformer: token ids [C, L] -> embeddings [C, D] read at the end token, not normalised."""
+    """Transformer, as a rule causal: token ids [C, L] -> embeddings [C, D], read at one token, not normalised."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
-        tower = config.text
-        self.end_token = config.end_token
+        tower, shape = config.text, config.words
+        self.end_token, self.first = config.end_token, config.first
+        self.reads, self.causal = shape.reads, shape.causal
         self.embed = nn.Embedding(config.vocabulary, tower.width)
         self.position = nn.Parameter(torch.randn(config.context, tower.width) * 0.01)
         self.blocks = nn.ModuleList(Block(tower) for _ in range(tower.layers))
         self.norm_post = nn.LayerNorm(tower.width, tower.eps)
-        self.project = nn.Linear(tower.width, config.embed, bias=False)
+        self.project = projection(shape.project, tower.width, config.embed)
 
     def ends(self, tokens: Tensor) -> Tensor:
-        """Position of the first end token of each row [C]. Raises if a row has none."""
-        is_end = tokens == self.end_token
+        """The place that is read of each row [C]: as a rule its first end token. Raises if a row has none, or
+        where the last place is read and rows are not as long as the context."""
+        if self.reads == "argmax":
+            return tokens.argmax(dim=1)
+        if self.reads == "last":
+            if tokens.shape[1] != len(self.position):
+                raise ValueError(f"every text must be filled to {len(self.position)} tokens, not {tokens.shape[1]}")
+            return torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+        is_end = tokens.eq(-1 if self.end_token is None else self.end_token)
         if not bool(is_end.any(dim=1).all()):
             raise ValueError(f"every text needs the end token {self.end_token}")
         return is_end.int().argmax(dim=1)
 
-    def forward(self, tokens: Tensor, prompts: Tensor | None = None, again: bool = False) -> Tensor:
-        """prompts [K, P, W], or a text's own [K, C, P, W], overwrite the P places after the start token: the first
-        among the embeddings (and so with position embeddings), prompt k before layer k. again: see `through`.
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """How many tokens of each row [C] decide its embedding: all, where what fills a row is seen."""
+        ends = self.ends(tokens)
+        return ends + 1 if self.causal else torch.full_like(ends, tokens.shape[1])
 
-        Under the causal mask two things are exact: nothing after the last end token is computed, and what all texts
-        begin with is computed once. Token ids may stay on the processor: their lengths are asked for there.
+    def forward(self, tokens: Tensor, prompts: Tensor | None = None, again: bool = False) -> Tensor:
+        """prompts [K, P, W], or a text's own [K, C, P, W], overwrite the P places after the start token (the first P
+        where there is none): the first among the embeddings (and so with position embeddings), prompt k before layer k.
+        again: see `through`.
+
+        Under the causal mask two things are exact: nothing after the last token that is read is computed, and what all
+        texts begin with is computed once. Token ids may stay on the processor: their lengths are asked for there.
         """
         ends = self.ends(tokens)
-        tokens = tokens[:, : int(ends.max()) + 1]
+        tokens = tokens[:, : int(self.lengths(tokens).max())]
         p, device = self.shared(tokens, prompts), self.position.device
         x, ends = self.embed(tokens.to(device)), ends.to(device)
         if prompts is not None:
-            x = overwrite(x, prompts[0], 1)
+            x = overwrite(x, prompts[0], self.first)
         x = x + self.position[: tokens.shape[1]]
         head, tail = x[:1, :p], x[:, p:]
         places = torch.arange(tokens.shape[1], device=device)
-        mask = places <= places[:, None]  # causal, [L, L]
-        at_ends = (places <= ends[:, None])[:, None, None]  # [C, 1, 1, L]
+        mask = places <= places[:, None] if self.causal else None  # [L, L]
+        at_ends = (places <= ends[:, None])[:, None, None] if self.causal else None  # [C, 1, 1, L]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if prompts is not None and 0 < i < prompts.shape[0]:
-                if prompts.dim() == 3:
-                    head = overwrite(head, prompts[i], 1)
+                if p > self.first:
+                    head = overwrite(head, prompts[i], self.first)
                 else:
-                    tail = overwrite(tail, prompts[i], 1 - p)
+                    tail = overwrite(tail, prompts[i], self.first - p)
             last = i == len(self.blocks) - 1
-            only, seen = (ends - p, at_ends) if last else (None, mask[p:])
-            tail = through(block, again, tail, only, block.memory(head), seen)
-            head = head if last else through(block, again, head, None, None, mask[:p, :p])
+            past, seen = block.memory(head) if p else None, None if mask is None else mask[p:]
+            only, seen = (ends - p, at_ends) if last else (None, seen)
+            tail = through(block, again, tail, only, past, seen)
+            if p and not last:
+                assert mask is not None
+                head = through(block, again, head, None, None, mask[:p, :p])
         return self.project(self.norm_post(tail[:, 0]))
 
     def shared(self, tokens: Tensor, prompts: Tensor | None) -> int:
-        """How many places at the beginning are the same in every text [C, L], at least the start token."""
-        same = (tokens == tokens[:1]).all(dim=0)
+        """How many places at the beginning are the same in every text [C, L], prompts with them or not at all, and
+        precede what is read: none, where tokens see all; else at least the start token, where there is one."""
+        if not self.causal:
+            return 0
+        same, behind = (tokens == tokens[:1]).all(dim=0), 0
         if prompts is not None:
-            same[1 : 1 + prompts.shape[-2]] = prompts.dim() == 3
-        return min(int(same.int().cumprod(0).sum()), tokens.shape[1] - 1)
+            behind = self.first + prompts.shape[-2]
+            same[self.first : behind] = prompts.dim() == 3
+        found = min(int(same.int().cumprod(0).sum()), int(self.ends(tokens).min()))
+        return found if found >= behind else min(found, self.first)
 
 
 class CLIP(nn.Module):
@@ -249,9 +250,10 @@ class CLIP(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
-        self.image = ImageTower(config)
+        self.image = ResNet(config) if config.vision.stages else ImageTower(config)
         self.text = TextTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.sigmoid else None
 
     def encode_image(
         self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False,

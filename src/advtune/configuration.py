@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,13 @@ LAYERS = 1000  # each is made, though without memory, before the weights are ask
 
 def read_config(folder: Path) -> ClipConfig:
     """config.json and preprocessor_config.json of a CLIP folder. Raises UserError when they make no sense."""
+    return checked(folder, lambda: _config(folder))
+
+
+def checked(folder: Path, read: Callable[[], ClipConfig]) -> ClipConfig:
+    """What a reader of configurations finds. Raises UserError in the place of whatever it raises."""
     try:
-        return _config(folder)
+        return read()
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
     except Exception as error:  # nearly anything, where a list or a text stands in the place of a table
@@ -30,9 +35,6 @@ def read_config(folder: Path) -> ClipConfig:
 
 def _config(folder: Path) -> ClipConfig:
     raw = table_of(folder / "config.json")
-    if raw.get("model_type") != "clip":
-        kind = visible(repr(raw.get("model_type")))[:60]
-        raise UserError(f"{folder}: config.json has model_type {kind}; only 'clip' is known")
     text = {**TEXT_DEFAULTS, **(raw.get("text_config") or {})}
     image = {**IMAGE_DEFAULTS, **(raw.get("vision_config") or {})}
     vocabulary = whole(text, "vocab_size", 49408, low=2)
@@ -43,8 +45,8 @@ def _config(folder: Path) -> ClipConfig:
     if preprocess.side not in (size, None):
         raise ValueError(f"pictures of {preprocess.side} pixels for a model of {size}")
     return ClipConfig(
-        image=_tower(image),
-        text=_tower(text),
+        image=tower(image),
+        text=tower(text),
         embed=whole(raw, "projection_dim", 512),
         image_size=size,
         patch=whole(image, "patch_size", 32, most=size),
@@ -56,7 +58,9 @@ def _config(folder: Path) -> ClipConfig:
     )
 
 
-def _tower(raw: Mapping[str, Any]) -> TowerConfig:
+def tower(raw: Mapping[str, Any]) -> TowerConfig:
+    """One tower, as Hugging Face describes it. Raises UserError for an activation that is not known, ValueError for
+    numbers that make no tower."""
     activation = raw.get("hidden_act", "quick_gelu")
     if activation not in ACTIVATIONS:
         raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from advtune.clip import CLIP, ClipConfig
+from advtune.clip import CLIP, ClipConfig, ImageTower
 from advtune.errors import UserError
 from advtune.untrusted import visible
 from advtune.weights import check_floats
 
-BUFFERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
+BUFFERS = frozenset({"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"})
+
+
+class Layout(NamedTuple):
+    """How others name what we have. names: our parameter or buffer -> theirs, several stacked along the first axis.
+    transposed: ours whose matrix lies there the other way round. aside: tensors that are no weights."""
+
+    names: dict[str, tuple[str, ...]]
+    transposed: frozenset[str] = frozenset()
+    aside: frozenset[str] = BUFFERS
+    kind: str = "a CLIP model"
 
 
 def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
@@ -50,45 +61,70 @@ def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def fill(clip: CLIP, tensors: dict[str, Tensor], source: Path) -> CLIP:
-    """Copy Hugging Face tensors into our parameters, on the processor, in fp32; a model on the meta device gets its
-    memory once every shape is right. Raises UserError naming what does not fit."""
-    names = layout(clip.config)
-    wanted = {name for group in names.values() for name in group}
-    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - BUFFERS)
-    if missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
-    if unknown:
-        raise UserError(f"{source}: {len(unknown)} tensors are not of a CLIP model, first {visible(unknown[0])[:100]}")
-    shapes = {name: value.shape for name, value in clip.named_parameters()}
-    assert set(shapes) == set(names), "layout() and CLIP disagree"
-    for ours, group in names.items():
+def fill(clip: CLIP, tensors: Mapping[str, Tensor], source: Path, how: Layout | None = None) -> CLIP:
+    """Copy tensors into our parameters and buffers, on the processor, in fp32; a model on the meta device gets its
+    memory once every shape is right. how: whose names they have; by default Hugging Face's of a CLIP. Raises UserError
+    naming what does not fit."""
+    how = how or Layout(layout(clip.config))
+    fits({name: value.shape for name, value in clip.state_dict().items()}, tensors, source, how)
+    for group in how.names.values():
         for name in group:
-            _check(name, tensors[name], shapes[ours], len(group), source)
+            check_floats(name, tensors[name], source)
     clip = clip.to_empty(device="cpu")
-    for ours, parameter in clip.named_parameters():
-        parts = [tensors[name].reshape(-1, *parameter.shape[1:]) for name in names[ours]]
-        parameter.data.copy_(torch.cat(parts).reshape(parameter.shape))
+    for ours, value in clip.state_dict().items():
+        value.copy_(torch.cat(parts(ours, value.shape, tensors, how)).reshape(value.shape))
     return clip
 
 
-def _check(name: str, value: Tensor, ours: torch.Size, parts: int, source: Path) -> None:
-    """Raises UserError unless a tensor is one of so many equal parts of our parameter, in finite numbers."""
-    wanted = (ours[0] // parts, *ours[1:]) if ours else ()
-    shape = tuple(value.shape)
-    flat = (*shape[:1], math.prod(shape[1:])) if len(shape) == 4 else shape  # the patches' convolution
-    if flat != wanted and not (value.numel() == 1 and math.prod(wanted) == 1):
-        raise UserError(f"{source}: {name} has shape {shape}, config.json asks for {wanted}")
-    check_floats(name, value, source)
+def fits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: Path, how: Layout) -> None:
+    """Raises UserError naming the first tensor that is missing, unknown or of another shape than our own."""
+    wanted = {name for group in how.names.values() for name in group}
+    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside)
+    if missing:
+        raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+    if unknown:
+        raise UserError(f"{source}: {len(unknown)} tensors are not of {how.kind}, first {visible(unknown[0])[:100]}")
+    assert set(shapes) == set(how.names), "layout and CLIP disagree"
+    for ours, group in how.names.items():
+        own, rows = shapes[ours], parts(ours, shapes[ours], tensors, how)
+        if {r.shape[1:] for r in rows} == {own[1:]} and sum(len(r) for r in rows) == (own[0] if own else 1):
+            continue
+        share = (own[0] // len(group), *own[1:]) if own else (1,)
+        name = next((n for n, r in zip(group, rows, strict=True) if tuple(r.shape) != share), group[0])
+        asked = share if own else ()
+        asked = asked[::-1] if ours in how.transposed else asked
+        raise UserError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the configuration asks for {asked}")
 
 
-def to_huggingface(clip: CLIP) -> dict[str, Tensor]:
-    """Our parameters under Hugging Face's names; the inverse of `fill`."""
-    parameters, config = dict(clip.named_parameters()), clip.config
+def parts(ours: str, own: torch.Size, tensors: Mapping[str, Tensor], how: Layout) -> list[Tensor]:
+    """What one of our parameters is made of, to be stacked along the first axis."""
+    found = []
+    for name in how.names[ours]:
+        value = tensors[name]
+        if value.numel() == 1 and own.numel() == 1:
+            value = value.reshape(own)
+        while value.dim() > len(own) and value.shape[0] == 1:  # a batch of one
+            value = value[0]
+        if value.dim() == 4 and len(own) == 2:  # the patches' convolution
+            value = value.flatten(1)
+        value = value.T if ours in how.transposed and value.dim() == 2 else value
+        found.append(value if value.dim() else value[None])
+    return found
+
+
+def to_huggingface(clip: CLIP, names: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, Tensor]:
+    """Our parameters under Hugging Face's names, by default a CLIP's; the inverse of `fill`."""
+    parameters, config = clip.state_dict(), clip.config
     tensors: dict[str, Tensor] = {}
-    for ours, group in layout(config).items():
-        value = parameters[ours].detach()
+    for ours, group in (names or layout(config)).items():
+        value = parameters[ours]
+        if ours == "image.position" and isinstance(clip.image, ImageTower):
+            value = clip.image.positions().detach()
         if ours == "image.embed.weight":
             value = value.unflatten(1, (3, config.patch, config.patch))
+        if ours == "image.pool.probe":
+            value = value[None, None]
+        if config.sigmoid and ours in ("logit_scale", "logit_bias"):
+            value = value[None]
         tensors |= dict(zip(group, value.chunk(len(group)) if len(group) > 1 else (value,), strict=True))
     return {name: value.contiguous().clone() for name, value in tensors.items()}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from advtune.clip import CLIP
+from advtune.clip import CLIP, ImageTower
 from advtune.errors import UserError
 
 COUPLINGS = ("independent", "text-to-image", "image-to-text")
@@ -50,6 +50,11 @@ class Prompts(nn.Module):
         if depth < 1 or text < 0 or image < 0 or text + image + pad == 0:
             raise UserError(f"prompts need depth >= 1 and some tokens; got depth {depth}, {text} + {image} tokens")
         config = clip.config
+        if image and config.vision.stages:
+            raise UserError(
+                "image prompts are tokens, and this backbone's image tower is a ResNet, which has none: take a method "
+                "that tunes the image tower or the text context (advtune list methods)"
+            )
         depths = [min(depth, config.text.layers), min(depth, config.image.layers)]
         if coupling != "independent":
             depths = [min(depths)] * 2
@@ -61,7 +66,7 @@ class Prompts(nn.Module):
         own = (classes,) if classes else ()
         words = fresh(depths[0], *own, text, config.text.width)
         patches = fresh(depths[1], image, config.image.width)
-        blank = clip.image.position[1:].mean(0).detach().cpu()
+        blank = clip.image.blank().cpu() if isinstance(clip.image, ImageTower) else torch.zeros(config.image.width)
         if start is not None and text:
             words[0, ..., : len(start), :] = start[:text].detach().cpu()
         self.text: nn.Parameter | None = None

@@ -17,10 +17,11 @@ import advtune
 from advtune import untrusted
 from advtune.disk import SUMS, check_sums, sums
 from advtune.errors import UserError
+from advtune.formats.spec import Spec, parse
 from advtune.preprocess import Preprocess
 from advtune.pretrained import EMBEDDED
 from advtune.results import write_atomic
-from advtune.untrusted import is_there, visible
+from advtune.untrusted import expanded, is_there, visible
 from advtune.vlm import VLM, Origin, load_vlm
 from advtune.weights import check_floats
 
@@ -35,7 +36,7 @@ def is_run(name: str | Path) -> bool:
 
 
 def load(name: str, device: str = "auto", precision: str = "auto", compile: bool = False) -> VLM:
-    """A model from a backbone (`mini`, a Hugging Face CLIP folder, a hub id) or from a run folder.
+    """A model from a backbone (see `read_pretrained`) or from a run folder.
 
     device: auto takes an accelerator when there is one. precision: fp32, bf16, or auto (bf16 where the
     hardware has it). compile: the image tower through torch.compile, worth its minute in long runs. Raises UserError
@@ -46,6 +47,8 @@ def load(name: str, device: str = "auto", precision: str = "auto", compile: bool
         return load_run(Path(name), device, precision, compile)
     if is_there(Path(f"{name}.partial"), Path.is_dir):
         raise UserError(f"{name}: the run is not finished; go on with: advtune train ... --out {name} --resume")
+    if name != (base := parse(name).name) and is_run(base):
+        raise UserError(f"{base} is a run, and stays with the backbone and image size it was tuned on; tune another")
     return load_vlm(name, device, precision, compile)
 
 
@@ -100,8 +103,19 @@ def below(name: str) -> list[str]:
 def backbone_of(folder: Path, config: dict[str, Any]) -> str:
     """What a run was tuned on top of: where it lies as seen from the run folder, else by its name."""
     facts = config["backbone"]
-    beside = folder / facts["path"] if facts["path"] else Path()
-    return str(beside) if facts["path"] and beside.is_dir() else str(facts["name"])
+    spec = parse(facts["path"] or "")
+    beside = Spec(str(folder / spec.name), str(folder / spec.tower) if spec.tower else "", spec.side)
+    there = spec.name and Path(beside.name).exists() and (not beside.tower or Path(beside.tower).is_file())
+    return str(beside) if there else str(facts["name"])
+
+
+def path_from(out: Path, name: str) -> str:
+    """A local backbone as seen from the run folder `out`; nothing for one that is not local."""
+    spec = parse(name)
+    if name in EMBEDDED or not spec.name or not expanded(spec.name).exists():
+        return ""
+    seen = [os.path.relpath(expanded(part).resolve(), out.resolve()) for part in (spec.name, spec.tower) if part]
+    return str(Spec(seen[0], seen[1] if spec.tower else "", spec.side))
 
 
 def settle(model: VLM, base: VLM, config: dict[str, Any], hashes: list[str], folder: Path | None) -> VLM:
@@ -160,11 +174,10 @@ def backbone_facts(model: VLM, out: Path | None = None) -> dict[str, Any]:
     the first of its runs was tuned on top of."""
     origin, run = model.origin, model.run
     base = run.get("backbone", {})
-    local = out is not None and origin.name not in EMBEDDED and Path(origin.name).is_dir()
     return {
         "name": origin.name,
         "sha256": origin.sha256,
-        "path": os.path.relpath(Path(origin.name).resolve(), Path(out).resolve()) if local and out else "",
+        "path": path_from(out, origin.name) if out is not None else "",
         "image_size": model.side,
         "logit_scale": round(float(model.logit_scale), 4),
         "notice": origin.notice,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +15,45 @@ from torch import Tensor
 
 from advtune.clip import ClipConfig
 from advtune.errors import UserError
-from advtune.untrusted import read_bytes, read_json, visible
+from advtune.untrusted import TEXT_BYTES, read_bytes, read_json, visible
 
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+OPENAI = "bpe_simple_vocab_16e6.txt.gz"
+ENDS = ("<|startoftext|>", "<|endoftext|>")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 PLACEHOLDER = "x"  # stands where a learned prompt token will overwrite the embedding
+
+
+CLEAN: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "punctuation": lambda text: folded(text.lower().translate(PUNCTUATION)),  # SigLIP
+    "canonicalize": lambda text: folded(text.replace("_", " ").lower().translate(PUNCTUATION)),  # the same in open_clip
+    "case": str.lower,  # SigLIP 2
+    "lower": lambda text: folded(text.lower()),
+    "whitespace": lambda text: folded(text),
+}
+
+
+def folded(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """CLIP's byte-pair encoder with the ids that frame a text."""
+    """A text encoder with the ids that frame a text, or none. pad: what fills a row, by default the end token; fixed:
+    up to the context. clean: what is done to a text first."""
 
     encoder: Encoder
-    start: int
-    end: int
+    start: int | None
+    end: int | None
     context: int
+    pad: int | None = None
+    fixed: bool = False
+    clean: str = "none"
 
     def pieces(self, text: str) -> list[int]:
         """The ids of one text, without start and end."""
-        return self.encoder.encode(text, add_special_tokens=False).ids
+        return self.encoder.encode(CLEAN[self.clean](text), add_special_tokens=False).ids
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts to ids [C, L]: start, pieces, end, then padding with the end token up to the longest.
@@ -50,37 +73,82 @@ class Tokenizer:
         return self(texts)
 
     def _frame(self, pieces: list[list[int]], texts: Sequence[str]) -> Tensor:
-        length = max(len(ids) for ids in pieces) + 2
+        start, end = ([] if each is None else [each] for each in (self.start, self.end))
+        length = max(len(ids) for ids in pieces) + len(start) + len(end)
         if length > self.context:
             worst = max(range(len(pieces)), key=lambda i: len(pieces[i]))
             raise UserError(
                 f"text of {length} tokens is longer than the context of {self.context}: {texts[worst][:60]!r}"
             )
-        rows = [[self.start, *ids] + [self.end] * (length - 1 - len(ids)) for ids in pieces]
-        return torch.tensor(rows)
+        length = self.context if self.fixed else length
+        pad = self.end if self.pad is None else self.pad
+        rows = [[*start, *ids, *end] for ids in pieces]
+        return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
 
 
 def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
-    """From tokenizer.json, or from vocab.json and merges.txt. Raises UserError when neither is there, or damaged."""
-    file = folder / "tokenizer.json"
-    pair = folder / "vocab.json", folder / "merges.txt"
-    if not file.is_file() and not all(each.is_file() for each in pair):
-        raise UserError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    try:
-        encoder = Encoder.from_buffer(read_bytes(file)) if file.is_file() else _from_pair(*pair)
-        encoder.no_padding()
-        encoder.no_truncation()
-        found = Tokenizer(encoder, config.start_token, config.end_token, config.context)
-        found.pieces("a photo")  # some damage shows only now
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises plain Exception, and where it panics not even that
-        what = file if file.is_file() else pair[0]
-        raise UserError(f"{what}: truncated or damaged ({visible(str(error))[:120]}); fetch the file again") from None
+    """The tokenizer in a folder, for texts as the model wants them. Raises UserError as `load_encoder`, and when it has
+    ids that the model has not."""
+    return of_model(load_encoder(folder), config, folder)
+
+
+def of_model(encoder: Encoder, config: ClipConfig, folder: Path) -> Tokenizer:
+    """An encoder with what the model says of texts. Raises UserError when it has ids that the model has not."""
     ids = 1 + max(encoder.get_vocab().values(), default=0)
     if ids > config.vocabulary:
         raise UserError(f"{folder}: the tokenizer has {ids} ids, the model only {config.vocabulary}")
-    return found
+    words = config.words
+    return Tokenizer(
+        encoder, config.start_token, config.end_token, config.context, words.pad, words.fixed, words.clean
+    )  # fmt: skip
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """From tokenizer.json, from vocab.json and merges.txt, or from the file of OpenAI's package. Raises UserError when
+    none is there, or damaged."""
+    file, packed = folder / "tokenizer.json", folder / OPENAI
+    pair = folder / "vocab.json", folder / "merges.txt"
+    if not any(each.is_file() for each in (file, packed)) and not all(each.is_file() for each in pair):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json, vocab.json and merges.txt, or {OPENAI})")
+    what = file if file.is_file() else pair[0] if pair[0].is_file() else packed
+    try:
+        if what == packed:
+            encoder = _from_openai(packed)
+        else:
+            encoder = Encoder.from_buffer(read_bytes(file)) if what == file else _from_pair(*pair)
+        encoder.no_padding()
+        encoder.no_truncation()
+        encoder.encode("a photo", add_special_tokens=False)  # some damage shows only now
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and where it panics not even that
+        raise UserError(f"{what}: truncated or damaged ({visible(str(error))[:120]}); fetch the file again") from None
+    return encoder
+
+
+def frame(encoder: Encoder) -> tuple[int | None, int | None]:
+    """The ids that an encoder itself puts before and after a text, or none."""
+    plain, framed = (encoder.encode("a photo", add_special_tokens=each).ids for each in (False, True))
+    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
+    before, after = framed[:at], framed[at + len(plain) :]
+    return (before[-1] if before else None), (after[0] if after else None)
+
+
+def _from_openai(file: Path) -> Encoder:
+    """bpe_simple_vocab_16e6.txt.gz of OpenAI's package: of its merges the first 48894 are used."""
+    with gzip.open(file) as stream:
+        lines = stream.read(TEXT_BYTES).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [tuple(line.split()) for line in lines]
+    letters = list(bytes_to_letters().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    return byte_pair_encoder({word: i for i, word in enumerate([*words, *ENDS])}, merges)
+
+
+def bytes_to_letters() -> dict[int, str]:
+    """The letter that stands for each byte, printable ones for themselves, in the order of OpenAI's vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _from_pair(vocabulary: Path, merges: Path) -> Encoder:
@@ -108,5 +176,5 @@ def byte_pair_encoder(vocabulary: dict[str, int], merges: Sequence[tuple[str, ..
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    encoder.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    encoder.add_special_tokens(list(ENDS))
     return encoder

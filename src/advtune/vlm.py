@@ -239,7 +239,8 @@ class VLM(nn.Module):
         return self.clip.logit_scale.exp()
 
     def _scaled(self, image: Tensor, text: Tensor) -> Tensor:
-        return self.logit_scale * image @ text.T
+        logits = self.logit_scale * image @ text.T
+        return logits if self.clip.logit_bias is None else logits + self.clip.logit_bias
 
     def _prompts(self) -> Learned:
         return Learned() if self.prompts is None else self.prompts()
@@ -264,7 +265,7 @@ class VLM(nn.Module):
         # Without a gradient to pay for, text is encoded in fp32: it is one forward for a whole evaluation.
         low = self.precision == "bf16" and not constant and torch.is_grad_enabled()
         memory = room(self.device) if self.text_memory is None else self.text_memory
-        lengths, shared = self.clip.text.ends(tokens) + 1, self.clip.text.shared(tokens, prompts)
+        lengths, shared = self.clip.text.lengths(tokens), self.clip.text.shared(tokens, prompts)
         how = (self.clip.config.text, tokens, lengths, prompts, low, memory, shared)
         with self._autocast(low):
             features = encode(partial(self.clip.encode_text, again=self.recompute), *how)

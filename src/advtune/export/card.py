@@ -122,6 +122,8 @@ def usage(source: Source, to: str, facts: dict[str, Any], place: str) -> str:
     labels = list(source.classes[:SHOWN]) or ["cat", "dog"]
     if to == "huggingface":
         text = HUGGINGFACE.format(place=quoted(place), labels=quoted(labels), template=quoted(source.template))
+        if source.model.clip.config.sigmoid:  # the same classes under another name
+            text = re.sub(r"CLIP(Vision)?Model", r"Siglip\1Model", text)
     elif to == "onnx":
         _, _, height, width = facts["input"]
         resize = SQUARE.format(side=height) if height == width else OTHER.format(height=height, width=width)

@@ -19,6 +19,7 @@ from advtune.clip import Block, ImageTower
 from advtune.errors import UserError
 from advtune.export.folder import write_json
 from advtune.export.source import Source
+from advtune.pooling import AttentionPool
 from advtune.vlm import VLM
 
 OPSET = 20  # the first with Gelu
@@ -133,9 +134,15 @@ def build(model: VLM, text: Tensor, size: tuple[int, int]) -> Any:
     x = pixels(g, model, size)
     if learned is not None and learned.pad is not None:
         x = g("Add", x, g.weight(learned.pad))
+    if not isinstance(clip.image, ImageTower):
+        raise UserError(
+            f"{model.origin.name}: its image tower is a ResNet, which is not written to ONNX; `advtune predict` and "
+            "advtune.Classifier run it"
+        )
     x = tower(g, clip.image, x, clip.config.image.activation, None if learned is None else learned.image)
     x = g("Div", x, g("ReduceL2", x, g.weight([-1]), keepdims=1))
-    g.nodes.append(onnx.helper.make_node("MatMul", [x, g.weight(text)], ["logits"], "logits"))
+    bias = torch.zeros(()) if clip.logit_bias is None else clip.logit_bias.detach()
+    g.nodes.append(onnx.helper.make_node("Gemm", [x, g.weight(text), g.weight(bias)], ["logits"], "logits"))
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         g.nodes,
@@ -166,22 +173,50 @@ def pixels(g: Graph, model: VLM, size: tuple[int, int]) -> str:
 def tower(g: Graph, image: ImageTower, x: str, activation: str, prompts: Tensor | None) -> str:
     """Normalised images [N, 3, S, S] -> embeddings [N, D], as `ImageTower`; prompts [K, P, W]."""
     width, p = image.embed.out_features, image.patch
-    kernel = image.embed.weight.unflatten(1, (3, p, p))
-    x = g("Conv", x, g.weight(kernel), strides=[p, p])
+    kernel = [g.weight(image.embed.weight.unflatten(1, (3, p, p)))]
+    x = g("Conv", x, *kernel, *([] if image.embed.bias is None else [g.weight(image.embed.bias)]), strides=[p, p])
     x = g("Transpose", g("Reshape", x, g.weight([0, width, -1])), perm=[0, 2, 1])
-    x = g("Concat", g.rows(image.class_token[None]), x, axis=1)
-    x = g("Add", x, g.weight(image.position))
-    plain = len(image.position)
+    if image.class_token is not None:
+        x = g("Concat", g.rows(image.class_token[None]), x, axis=1)
+    x = g("Add", x, g.weight(image.positions()))
+    plain = len(image.positions())
     if prompts is not None:
         x = g("Concat", x, g.rows(prompts[0]), axis=1)
-    x = g.norm(x, image.norm_pre)
+    if isinstance(image.norm_pre, torch.nn.LayerNorm):
+        x = g.norm(x, image.norm_pre)
     for i, layer in enumerate(image.blocks):
         assert isinstance(layer, Block)
         if prompts is not None and 0 < i < len(prompts):
             x = g("Concat", g.part(x, [0], [plain], [1]), g.rows(prompts[i]), axis=1)
         x = block(g, layer, x, activation)
-    first = g("Squeeze", g.part(x, [0], [1], [1]), g.weight([1]))
-    return g.linear(g.norm(first, image.norm_post), image.project)
+    x = read(g, image, g.part(x, [0], [plain], [1]), activation)
+    return g.linear(x, image.project) if isinstance(image.project, torch.nn.Linear) else x
+
+
+def read(g: Graph, image: ImageTower, x: str, activation: str) -> str:
+    """Tokens of the last layer [N, L, W] -> what is projected, [N, W]: see `ImageTower.pooled`."""
+    if image.reads == "class":
+        return g.norm(g("Squeeze", g.part(x, [0], [1], [1]), g.weight([1])), image.norm_post)
+    x = g.part(x, [image.own], [WHOLE], [1])
+    if image.pool is None and image.norm_after:
+        return g.norm(g("ReduceMean", x, g.weight([1]), keepdims=0), image.norm_post)
+    x = g.norm(x, image.norm_post)
+    return g("ReduceMean", x, g.weight([1]), keepdims=0) if image.pool is None else pool(g, image.pool, x, activation)
+
+
+def pool(g: Graph, head: AttentionPool, x: str, activation: str) -> str:
+    """Patches [N, L, W] -> [N, W], as `AttentionPool`."""
+    wide = head.out.in_features
+    depth = wide // head.heads
+    weight, bias = head.qkv.weight, head.qkv.bias
+    query = ((head.probe @ weight[:wide].T + bias[:wide]) * depth**-0.5).view(head.heads, 1, depth)
+    both = g("Add", g("MatMul", x, g.weight(weight[wide:].T)), g.weight(bias[wide:]))
+    both = g("Reshape", both, g.weight([0, 0, 2, head.heads, depth]))
+    k, v = (g("Squeeze", g.part(both, [i], [i + 1], [2]), g.weight([2])) for i in range(2))  # each [N, L, H, d]
+    scores = g("Softmax", g("MatMul", g.weight(query), g("Transpose", k, perm=[0, 2, 3, 1])), axis=-1)
+    mixed = g("MatMul", scores, g("Transpose", v, perm=[0, 2, 1, 3]))  # [N, H, 1, d]
+    x = g.linear(g("Reshape", mixed, g.weight([0, wide])), head.out)
+    return g("Add", x, mlp(g, head, g.norm(x, head.norm), activation))
 
 
 def block(g: Graph, layer: Block, x: str, activation: str) -> str:
@@ -193,9 +228,13 @@ def block(g: Graph, layer: Block, x: str, activation: str) -> str:
     scores = g("Softmax", g("MatMul", q, g("Transpose", k, perm=[0, 2, 3, 1])), axis=-1)
     mixed = g("Transpose", g("MatMul", scores, v), perm=[0, 2, 1, 3])
     x = g("Add", x, g.linear(g("Reshape", mixed, g.weight([0, 0, -1])), layer.out))
-    hidden = g.linear(g.norm(x, layer.norm2), layer.fc1)
+    return g("Add", x, mlp(g, layer, g.norm(x, layer.norm2), activation))
+
+
+def mlp(g: Graph, layer: Block | AttentionPool, x: str, activation: str) -> str:
+    hidden = g.linear(x, layer.fc1)
     if activation == "quick_gelu":
         hidden = g("Mul", hidden, g("Sigmoid", g("Mul", hidden, g.weight(1.702))))
     else:
         hidden = g("Gelu", hidden, approximate=ACTIVATIONS[activation])
-    return g("Add", x, g.linear(hidden, layer.fc2))
+    return g.linear(hidden, layer.fc2)

@@ -15,13 +15,15 @@ from advtune.export.folder import write_json
 from advtune.export.source import Source
 
 ENTERS = {
-    "text": "[K, P, W], or [K, C, P, W] with one for each class. [0] replaces the token embeddings at places 1 to P of "
-    "every text, before position embeddings are added; [k] replaces the hidden states there before layer k.",
-    "image": "[K, P, W]. [0] is appended after class token and patches, which have their position embeddings, before "
-    "the first layer norm; it gets no position embedding. [k] replaces the hidden states there before layer k.",
+    "text": "[K, P, W], or [K, C, P, W] with one for each class. [0] replaces the token embeddings at places {first} "
+    "to {last} of every text, before position embeddings are added; [k] replaces the hidden states there before layer "
+    "k.",
+    "image": "[K, P, W]. [0] is appended after the class token, if there is one, and the patches, which have their "
+    "position embeddings, before the first layer norm; it gets no position embedding and is not read at the end. [k] "
+    "replaces the hidden states there before layer k.",
     "pad": "[3, S, S]. Added to the normalised pixels.",
 }
-LOGITS = "exp(logit_scale) * normalised(image embedding) @ normalised(text embedding).T; layers count from 0"
+LOGITS = "exp(logit_scale) * normalised(image embedding) @ normalised(text embedding).T{bias}; layers count from 0"
 
 
 def write_learned(source: Source, folder: Path) -> dict[str, Any]:
@@ -32,18 +34,23 @@ def write_learned(source: Source, folder: Path) -> dict[str, Any]:
     if not delta:
         learned = f"{source.config['method']} learned the image tower" if source.config else "nothing was learned"
         raise UserError(f"{source.name}: {learned}, no prompts; use --to huggingface or --to onnx")
-    tokens = model.tokens(source.classes, source.template)
+    tokens, first = model.tokens(source.classes, source.template), model.clip.config.first
     block = {
         "format": 1,
         "tensors": {
-            name: {"shape": list(value.shape), "enters": ENTERS[name.removeprefix("prompts.")]}
+            name: {
+                "shape": list(value.shape),
+                "enters": ENTERS[name.removeprefix("prompts.")].format(
+                    first=f"{first}", last=f"{first} + P - 1" if first != 1 else "P"
+                ),
+            }
             for name, value in delta.items()
         },
         "classes": list(source.classes),
         "template": model.template or source.template,
         "tokens": tokens.tolist(),
         "pixels": {"range": [0, 1], **asdict(model.clip.config.preprocess)},
-        "logits": LOGITS,
+        "logits": LOGITS.format(bias="" if model.clip.logit_bias is None else " + logit_bias"),
     }
     save_file(delta, folder / runs.DELTA, metadata={"format": "pt"})
     write_json(folder / runs.CONFIG, {**source.config, "prompts": block})

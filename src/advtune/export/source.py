@@ -12,9 +12,11 @@ from typing import Any
 from advtune import runs
 from advtune.data.catalog import entry, names
 from advtune.data.task import TEMPLATE, Words
+from advtune.formats.spec import Spec, parse
 from advtune.predict import words
 from advtune.pretrained import locate
 from advtune.results import Row, read
+from advtune.untrusted import HUB_ID, expanded
 from advtune.vlm import VLM
 
 PATH = re.compile(r"(?<![\w.:/])(?:~|\.{1,2})?(?:/[^\s/,;]+)+")  # in a text: absolute, or from here or home
@@ -46,9 +48,10 @@ def open_source(name: str, classes: Words | None, template: str | None, out: Pat
     if classes is not None or model.run.get("train", {}).get("classes"):
         given, filled = words(model, classes, template)  # type: ignore[assignment]
     root = foundation(name)
-    base = root if "/" in root and not Path(root).expanduser().is_dir() else ""
+    spec = parse(root)
+    base = root if HUB_ID.fullmatch(spec.name) and spec == Spec(root) and not expanded(root).is_dir() else ""
     config = public(model, Path(name), out, published) if model.run else {}
-    return Source(plain(name), model, config, measured(Path(name), model), locate(root), base, given, filled)
+    return Source(plain(name), model, config, measured(Path(name), model), locate(spec.name), base, given, filled)
 
 
 def foundation(name: str) -> str:
@@ -57,9 +60,14 @@ def foundation(name: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A backbone or run as others may read it: a local folder by its last part, a hub id as it is."""
-    local = Path(name).expanduser()
-    return local.resolve().name if local.is_dir() or name.startswith(("/", ".", "~")) else name
+    """A backbone or run as others may read it: local folders and files by their last part, a hub id as it is."""
+    spec = parse(name)
+    return str(Spec(last(spec.name), last(spec.tower), spec.side))
+
+
+def last(name: str) -> str:
+    local = expanded(name)
+    return local.resolve().name if name and (local.exists() or name.startswith(("/", ".", "~"))) else name
 
 
 def plain_spec(spec: str) -> str:

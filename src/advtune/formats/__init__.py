@@ -1,0 +1,63 @@
+"""The formats that backbones come in: each reader says what the model is, whose names the tensors have, and what the
+tokenizer does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from advtune.configuration import read_config, table_of
+from advtune.errors import UserError
+from advtune.formats import open_clip, openai, siglip
+from advtune.formats.found import Found
+from advtune.huggingface import Layout, layout
+from advtune.tokenizer import frame, load_tokenizer, of_model
+from advtune.untrusted import visible
+from advtune.weights import read_tensors, weight_files
+
+DECISIVE = {"config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"}
+OTHERS = {  # model_type of Hugging Face's: why it is not read
+    "siglip2": "is SigLIP 2 of any resolution (NaFlex); take a checkpoint of one resolution, as "
+    "google/siglip2-base-patch16-224",
+    "chinese_clip": "has a BERT for a text tower, which is not read; only towers as CLIP's and SigLIP's are",
+    "altclip": "has a RoBERTa for a text tower, which is not read; only towers as CLIP's and SigLIP's are",
+    "align": "has an EfficientNet for an image tower, which is not read; only ViTs and OpenAI's ResNets are",
+}
+
+
+def read(place: Path, first: str = "") -> Found:
+    """What lies in a folder, or in a file of OpenAI's. first: "open_clip", where a folder is both that and Hugging
+    Face's. Raises UserError when it is nothing that is known, or damaged."""
+    if place.is_file():
+        return openai.read(place)
+    if (place / open_clip.CONFIG).is_file() and (first == "open_clip" or not has_huggingface(place)):
+        return open_clip.read(place)
+    kind = table_of(place / "config.json").get("model_type")
+    if kind == "siglip":
+        return siglip.read(place)
+    if isinstance(kind, str) and kind in OTHERS:
+        raise UserError(f"{place}: model_type {kind!r} {OTHERS[kind]}")
+    if kind in ("clip", "metaclip_2"):
+        return huggingface(place, kind == "metaclip_2")
+    raise UserError(
+        f"{place}: config.json has model_type {visible(repr(kind))[:60]}; 'clip', 'siglip' and 'metaclip_2' are known"
+    )
+
+
+def has_huggingface(folder: Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's, and not a configuration without weights."""
+    endings = ("model*.safetensors", "pytorch_model*.bin")
+    whole = any(True for ending in endings for _ in folder.glob(ending))
+    return whole and (folder / "config.json").is_file()
+
+
+def huggingface(folder: Path, own_ends: bool = False) -> Found:
+    """A CLIP in Hugging Face's format. own_ends: its texts begin and end as the tokenizer says (MetaCLIP 2)."""
+    config, files = read_config(folder), weight_files(folder)
+    tokenizer = load_tokenizer(folder, config)
+    if own_ends:
+        start, end = frame(tokenizer.encoder)
+        config = replace(config, start_token=start, end_token=end)
+        tokenizer = of_model(tokenizer.encoder, config, folder)
+    decisive = sorted(p for p in folder.iterdir() if p.name in DECISIVE and p.is_file())
+    return Found(config, read_tensors(files), Layout(layout(config)), tokenizer, [*decisive, *files], folder)
