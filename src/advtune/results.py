@@ -16,7 +16,7 @@ from secrets import token_hex
 from typing import Any
 
 from advtune import __version__
-from advtune.errors import UserError
+from advtune.errors import UserError, suggest
 
 SCHEMA = 1
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
@@ -239,9 +239,14 @@ def _cut(line: bytes) -> bool:
 
 def files_in(place: Path) -> list[Path]:
     """The files of result rows under a path. Raises UserError when there are none."""
+    if not place.exists():
+        beside = place.parent.iterdir() if place.parent.is_dir() else ()
+        hint = suggest(str(place), [str(each) for each in beside])
+        raise UserError(f"{place}: no such file or folder; {hint or 'name a run folder, or one of run folders'}")
     found = [place] if place.is_file() else sorted(place.rglob("results.jsonl"))
     if not found:
-        raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {place} --data ... --attack pgd")
+        run = place if (place / "config.json").is_file() else "DIR"
+        raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {run} --data ... --attack pgd")
     return found
 
 
