@@ -294,6 +294,10 @@ def test_the_page_of_a_run_folder(run, tmp_path, capsys):
         f"{name}.{kind}" for name in ("scatter", "eps", "classes", "training") for kind in ("pdf", "png")
     }
     starts = {file.name: file.read_bytes()[:4] for file in drawn.iterdir()}
+    fonts = (drawn / "classes.pdf").read_bytes()
+    assert b"/Type0" in fonts and b"/Type3" not in fonts
+    wide = int.from_bytes((drawn / "classes.png").read_bytes()[16:20])
+    assert wide == pytest.approx(2 * 5.2 * 300, abs=1)
     assert all(start == (b"%PDF" if name.endswith("pdf") else b"\x89PNG") for name, start in starts.items())
     text = out.read_text()
     read = Read(text)

@@ -32,6 +32,7 @@ from advtune.results import Row, mean_and_spread, wilson, write_atomic
 
 CLEAN, ROBUST = "#56B4E9", "#D55E00"  # sky and vermilion: told apart by lightness, too
 KINDS = ("pdf", "png")
+DPI = 300  # of a .png for a paper
 MOST = 12  # panels of a kind
 TITLE = 44  # letters of a line above a panel
 POINTS = 400  # of a drawn curve; a longer log is thinned to means
@@ -229,7 +230,7 @@ def write_figures(rows: Sequence[Row], folders: Mapping[str, Path], out: Path) -
     }
     files, missing = [], []
     for name, (some, reason) in panels.items():
-        for kind, content in pictures(some, KINDS).items() if some else ():
+        for kind, content in pictures(some, KINDS, dpi=DPI).items() if some else ():
             files.append(out / f"{name}.{kind}")
             write_atomic(files[-1], content)
         missing += [] if some else [f"no {name} figure: {reason}"]

@@ -22,6 +22,7 @@ from advtune.results import Row, write_atomic
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # nine against eight colours: 72 pairs before a repeat
 FORMATS = (".png", ".pdf", ".svg")
+STYLE = {"svg.hashsalt": "advtune", "pdf.fonttype": 42}  # TrueType: publishers refuse the default, Type 3
 UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 PLACES = [(6, 6), (6, -14), (-6, 6), (-6, -14), (6, 20), (6, -28), (-6, 20), (-6, -28)]  # points from the marker
 FRONT = "#888888"
@@ -54,7 +55,9 @@ def scatter(rows: Sequence[Row], path: str | os.PathLike[str], title: str | None
     write_atomic(path, pictures(panels, [kind], title)[kind])
 
 
-def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = None) -> dict[str, bytes]:
+def pictures(
+    panels: Sequence[Panel], kinds: Sequence[str], title: str | None = None, dpi: int = 120
+) -> dict[str, bytes]:
     """The panels side by side, at most three in a row, as a file of each kind (png, pdf or svg). The same panels
     give the same bytes."""
     import matplotlib
@@ -64,13 +67,13 @@ def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = 
     wide = min(3, len(panels))
     tall = math.ceil(len(panels) / wide)
     width, height = (max(panel.size[i] for panel in panels) for i in (0, 1))
-    figure = Figure(figsize=(width * wide, height * tall), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width * wide, height * tall), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, parse_math=False)
     axes = figure.subplots(tall, wide, squeeze=False).flatten()
     out = {kind: io.BytesIO() for kind in kinds}
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "advtune"}):
+    with warnings.catch_warnings(), matplotlib.rc_context(STYLE):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font has not
         for axis, panel in zip(axes, panels, strict=False):
             axis.set_axisbelow(True)
