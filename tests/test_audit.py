@@ -103,6 +103,17 @@ def test_a_killed_audit_goes_on(vlm, task, tmp_path, monkeypatch):
     assert len(audit(vlm, task, tmp_path / "out", show=False).rows) == len(CURVE) + 1
 
 
+def test_who_interrupts_is_told_what_goes_on(tmp_path, monkeypatch, capsys):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(auditing, "audit", killed)
+    words = ["audit", "--data", "fashion-mnist-mini", "--out", str(tmp_path / "out")]
+    for more, said in (([], "the same command goes on"), (["--overwrite"], "same command, without --overwrite, goes")):
+        assert main([*words, *more]) == 130
+        assert said in capsys.readouterr().err
+
+
 def test_a_fix_is_a_run_measured_on_the_same_images(clip_folder, tmp_path, capsys):
     classes = (SCRIPT, "a & b", '"><img src=x>')
     data = f"folder:{write_images(tmp_path / 'set', classes=classes)}"
@@ -151,17 +162,18 @@ def test_a_verdict_has_its_numbers():
     ((about, text),) = verdict(found_of(fake(checks=[noise])))
     assert about.startswith("Undecided")
     for part in ("200 of the 1000", "60.0 % [53.1, 66.5]", "30.0 % [24.1, 36.7]", "60 of its 120 right", "n = 200",
-                 "at most 1/255, 1 step of", "from eps 2/255 on", "1 checks", "raised no alarm"):  # fmt: skip
+                 "at most 1/255, 1 step of", "Under PGD less",
+                 "from eps 2/255 on", "1 check for", "raised no alarm"):  # fmt: skip
         assert part in text
     bad = verdict(found_of(fake(checks=[noise | {"alarm": True}])))
     assert "no alarm" not in bad[0][1]
     assert bad[1] == (
-        "Alarm: the robust accuracy may be too high", "noise: noise breaks as many (n = 40).",
+        "Alarm: a robust accuracy may be too high", "noise: noise breaks as many (n = 40).",
     )  # fmt: skip
     blind = fake(zero_gradient={"share": 0.5, "n": 128})
     text = "50 % of the input gradients are exactly zero: the attack may have seen nothing."
     assert verdict(found_of(blind))[1][1] == text
-    assert verdict(found_of(fake(), blind))[2] == ("Alarm: the robust accuracy after the fix may be too high", text)
+    assert verdict(found_of(fake(), blind))[2] == ("Alarm: a robust accuracy after the fix may be too high", text)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +183,8 @@ def test_a_verdict_has_its_numbers():
         ("1111000000", "1111000000", "helps, at a clean price"),
         ("1111111111", "1111110000", "helps, with clean images, too"),
         ("1111110000", "1110000000", "is not told from no fix"),
-        ("1111000000", "1110000000", "does not help"),
+        ("1111000000", "1110000000", "is not shown to help, and costs clean accuracy"),
+        ("1111111100", "1110000000", "helps on clean images alone"),
         ("1111110000", "1000000000", "makes it less robust"),
     ],
 )

@@ -14,7 +14,7 @@ from advtune.checks import zero_share
 from advtune.defences import jpeg, noise
 from advtune.results import Row
 from advtune.withstand import check_budget
-from conftest import write_images
+from conftest import write_clip, write_images
 
 ATTACK = PGD(eps=4 / 255, steps=4)
 
@@ -490,3 +490,12 @@ def test_the_attack_of_a_row_can_be_built_again():
     inner = Transfer(PGD(eps=2 / 255, steps=3), lambda x: x)
     assert evaluation.attack_facts(inner) == evaluation.attack_facts(inner.attack) | {"early_stop": False}
     assert evaluation.attack_facts(inner)["step_size"] == inner.attack.step
+
+
+def test_no_transfer_from_a_model_that_cannot_read_the_class_texts(tmp_path, task):
+    write_clip(tmp_path / "long", text={"max_position_embeddings": 300})
+    vlm = advtune.load(str(tmp_path / "long"), device="cpu")
+    wordy = replace(task, classes=(*task.classes[:-1], "x" * 200))
+    images = evaluation.load_images(task, evaluation.Split(limit=2, resolution=16), progress=False)
+    s = evaluation.Setting(vlm, wordy, evaluation.Split(), images, 2, 0, False, "")
+    assert evaluation.other_model(s) is None

@@ -7,8 +7,10 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ from advtune.report import figures, table
 from advtune.report.classes import labelled, per_class
 from advtune.report.found import gather, headline, log_of, measured, terms_of
 from advtune.report.gallery import choose, examples, gallery
-from advtune.report.html import SIDE, page, tensor_uri
-from advtune.report.plot import pareto
+from advtune.report.html import SIDE, _why, page, tensor_uri
+from advtune.report.plot import COLOURS, pareto, scatter_panels
 from advtune.report.summary import tiles, words
 from advtune.results import accuracy, wilson
 from conftest import write_images
@@ -292,6 +294,10 @@ def test_the_page_of_a_run_folder(run, tmp_path, capsys):
         f"{name}.{kind}" for name in ("scatter", "eps", "classes", "training") for kind in ("pdf", "png")
     }
     starts = {file.name: file.read_bytes()[:4] for file in drawn.iterdir()}
+    fonts = (drawn / "classes.pdf").read_bytes()
+    assert b"/Type0" in fonts and b"/Type3" not in fonts
+    wide = int.from_bytes((drawn / "classes.png").read_bytes()[16:20])
+    assert wide == pytest.approx(2 * 5.2 * 300, abs=1)
     assert all(start == (b"%PDF" if name.endswith("pdf") else b"\x89PNG") for name, start in starts.items())
     text = out.read_text()
     read = Read(text)
@@ -355,3 +361,119 @@ def test_a_figure_that_has_no_data_is_named(tmp_path):
     assert [each.split(":")[0] for each in missing] == ["no eps figure", "no classes figure", "no training figure"]
     with pytest.raises(UserError, match="nothing to draw: no scatter figure"):
         figures.write_figures([clean_only()], {}, tmp_path)
+
+
+def drawn(panel):
+    """The axes of a panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=panel.size)
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    panel.draw(axis)
+    return axis
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """The panels of a page, in its order; they are not drawn."""
+    seen = []
+    shown = {"alt": "", "uri": "data:image/png"}
+    monkeypatch.setattr("advtune.report.html._drawn", lambda panel: seen.append(panel) or shown)
+    return seen
+
+
+def test_eps_0_is_no_attack_to_be_proud_of(panels):
+    rows = [eps(value, method=name, robust=k) for name, k in (("tecoa", 6), ("capt", 5)) for value in (0, 1, 4)]
+    lines = measured(rows, {})
+    assert {each.line["eps"] for each in headline(lines)} == {1 / 255}
+    told = words(lines)
+    assert len([text for subject, text in told if subject == "Most robust"]) == 2
+    assert not any("eps 0" in text for _, text in told)
+    assert [panel.title.split("\n")[1] for panel in scatter_panels(rows)] == ["pgd eps 1/255, 20 steps",
+                                                                             "pgd eps 4/255, 20 steps"]  # fmt: skip
+    assert "eps 0" in Read(page(rows, {}, gallery=False)).sections["tables"]
+
+
+def test_a_page_without_an_attack_says_so_and_has_intervals():
+    rows = [clean_only(), replace(clean_only(), method="capt")]
+    columns = [("tecoa", per_class([rows[0]], [0] * 5 + [1] * 5, ["a", "b"]))]
+    (panel,) = figures.class_panels(columns)
+    axis = drawn(panel)
+    bars = next(each for each in axis.containers if hasattr(each, "patches"))
+    reach = [segment[1][0] for segment in bars.errorbar.lines[2][0].get_segments()]
+    assert reach == pytest.approx([100 * line.high for line in sorted(columns[0][1], key=lambda line: line.clean)])
+    assert axis.get_legend().get_texts()[0].get_text() == "clean, 95 % interval"
+    read = Read(page(rows, {}, gallery=False))
+    assert read.sections["eps"].count("No row has a robust accuracy") == 1 and "one eps alone" not in read.text
+    assert "weakest" in read.sections["classes"]
+
+
+def test_every_number_of_the_class_table_has_its_interval(monkeypatch, panels):
+    line = per_class([make()], [0] * N, ["a"])[0]
+    monkeypatch.setattr("advtune.report.html.class_columns", lambda best: ([("tecoa", [line])], ""))
+    cells = Read(page([make()], {}, gallery=False)).cells
+    low, high = wilson(6, N)
+    robust = wilson(3, N)
+    assert (f"60.0 [{100 * low:.1f}, {100 * high:.1f}] / 30.0 [{100 * robust[0]:.1f}, {100 * robust[1]:.1f}]") in cells
+
+
+def test_a_long_legend_leaves_the_curves_free_and_names_whole():
+    rows = [eps(value, options={"alpha": alpha, "direction": "adversarial-first", "weight": "confidence"})
+            for alpha in (1.0, 2.0) for value in (1, 4)]  # fmt: skip
+    rows += [eps(value, options={"alpha": 3.0, "direction": "target-first", "weight": "loss"}) for value in (1, 4)]
+    (panel,) = figures.eps_panels(rows)
+    legend = drawn(panel).get_legend()
+    names = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+    assert names == [curve.name for curve in figures.eps_curves(rows)[0][1]] and len(set(names)) == 3
+    assert legend.get_bbox_to_anchor().y1 <= 0.01 * legend.figure.bbox.height + legend.axes.bbox.y0
+    short = figures.eps_panels([eps(1), eps(4)])[0]
+    assert short.size[1] < panel.size[1]
+
+
+def test_a_method_has_one_colour_in_all_figures_and_its_marker_stands_in_the_legend(panels):
+    rows = [eps(value, method=name, seed=None if name == "zero-shot" else 0, options={"alpha": alpha})
+            for name, alpha in (("zero-shot", 1.0), ("capt", 1.0), ("capt", 2.0), ("tecoa", 1.0))
+            for value in (1, 4)]  # fmt: skip
+    page(rows, {}, gallery=False)
+    scattered, axis = drawn(panels[0]), drawn(panels[2])  # between them, at 4/255
+    found = {each.get_label(): (each[0].get_color(), each[0].get_marker()) for each in axis.containers}
+    assert found == {each.get_label(): (each[0].get_color(), each[0].get_marker()) for each in scattered.containers}
+    assert len(found) == 4 and len(set(found.values())) == 4
+    handles = axis.get_legend().legend_handles
+    assert [(each.get_color(), each.get_marker()) for each in handles] == list(found.values())  # lines, no whiskers
+
+
+def lightness_and_hue(colour, sees):
+    """CIE Lab of a colour as it is seen through a 3 x 3 matrix on linear sRGB."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    rgb = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.maximum(np.array(to_xyz) @ np.clip(np.array(sees) @ rgb, 0, 1) / [0.9505, 1, 1.089], 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+# Machado, Oliveira, Fernandes 2009: dichromats, on linear sRGB
+EYES = {
+    "all": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_colours_are_told_apart_by_any_eyes_and_stand_out_from_white(eyes):
+    seen = [lightness_and_hue(colour, EYES[eyes]) for colour in COLOURS]
+    distance = [np.linalg.norm(a - b) for a, b in combinations(seen, 2)]
+    assert min(distance) > 15 and max(each[0] for each in seen) < 75  # white is 100
+    clean, robust = (lightness_and_hue(colour, EYES[eyes]) for colour in (figures.CLEAN, figures.ROBUST))
+    assert np.linalg.norm(clean - robust) > 60
+
+
+def test_a_reason_that_is_not_the_network_does_not_speak_of_it():
+    read = Read(page([make()], {}))
+    assert "no run folder of a tuned model is here." in read.sections["gallery"]
+    assert "HF_HUB_OFFLINE" not in read.sections["gallery"]
+    assert "HF_HUB_OFFLINE" in _why("be online")

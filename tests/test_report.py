@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from advtune.cli import main
 from advtune.errors import UserError
 from advtune.report import render, scatter, table
 from advtune.report.table import pixels
@@ -180,8 +181,9 @@ def test_heading_carries_attack_eps_steps_and_n() -> None:
 
 
 def test_pixels() -> None:
-    assert [pixels(value) for value in (4 / 255, 1 / 255, 0, 0.0, 0.5, 0.01, 1.0)] == [
-        *("4/255", "1/255", "0", "0", "0.5", "0.01", "1"),
+    values = (4 / 255, 1 / 255, 0, 0.0, 0.5, 0.01, 1.0, 0.25 / 255, 2.5 / 255, 128.5 / 255)
+    assert [pixels(value) for value in values] == [
+        *("4/255", "1/255", "0", "0", "0.5", "0.01", "1", "0.25/255", "2.5/255", "0.503922"),
     ]
 
 
@@ -196,7 +198,7 @@ def test_footnotes() -> None:
     assert text.count("Backbone tiny: stand-in, not OpenAI CLIP") == 1
     assert "Warning, tecoa: 10.1 %" in text and "Warning, apd" not in text
     assert "Not all numbers here come from the same images" in text and "same class texts" not in text
-    assert "skipped: 2" in text and "apd: odd" in text
+    assert "skipped: 2" in text and "odd: apd" in text
     plain = render([make()], "markdown")
     assert "†" not in plain and "Warning" not in plain and "Not all" not in plain
 
@@ -348,7 +350,7 @@ def test_a_curve_is_a_section_for_each_eps() -> None:
     note = "images that fell at a smaller eps were not attacked again"
     rows = [make(robust=4), make(robust=2, attack=ATTACK | {"eps": 8 / 255}, notes=[note])]
     text = render(rows, "markdown")
-    assert text.count("### ") == 2 and text.count(f"tecoa: {note}") == 1
+    assert text.count("### ") == 2 and text.count(f"{note}: tecoa") == 1
 
 
 def test_another_threat_in_a_section_is_in_the_label() -> None:
@@ -373,3 +375,49 @@ def test_subsets_and_splits_are_told_apart_and_older_rows_are_over_all():
     tuned = [make(seed=seed, train={"subset": subset}) for seed, subset in ((0, "all"), (1, "base"))]
     assert len(table(tuned)) == 2
     assert "imagenet base all" in render(tuned, "markdown")
+
+
+def test_rows_that_do_not_name_a_later_field_of_an_attack_are_of_the_same_setting():
+    now = {"loss": "ce", "eot": 1, "bpda": False}
+    stages = [{"name": "apgd-ce", "eps": 4 / 255}, {"name": "square", "eps": 4 / 255}]
+    old = ATTACK | {"stages": stages}
+    new = ATTACK | now | {"stages": [stage | {"bpda": False} for stage in stages]}
+    lines = table([make("tecoa", attack=old), make("capt", attack=new)])
+    assert len({line["section"] for line in lines}) == 1
+    tuned = [make(seed=i, train={"attack": {"name": "pgd"} | more}) for i, more in enumerate(({}, now))]
+    assert [line["seeds"] for line in table(tuned)] == [[0, 1]]
+    again = [make("tecoa", attack=old), make("tecoa", robust=5, attack=new)]
+    assert [line["robust_accuracy"] for line in table(again)] == [0.5]
+    for other in ({"bpda": True}, {"eot": 2}, {"loss": "dlr"}):
+        assert len(table([make("tecoa", attack=old), make("tecoa", attack=new | other)])) == 2
+
+
+def test_latex_tables_stay_on_the_page():
+    short = render([make("tecoa"), make("capt")], "latex")
+    assert r"\footnotesize\tabcolsep" in short and "scriptsize" not in short
+    assert short.count(r"\begin{tabular}{lllrrr}") == 1
+    rows = [make("tecoa", options={"alpha": a, "a_rather_long_option": f"value {a}"}) for a in range(60)]
+    wide = render(rows, "latex")
+    parts = wide.count(r"\begin{tabular}")
+    assert parts > 1 and wide.count("Method & ") == parts and r"\scriptsize" in wide
+    assert r"{p{0.2\textwidth}" in wide and wide.count(r"\raggedright tecoa (") == len(rows)
+    assert max(len(part.splitlines()) for part in wide.split(r"\begin{tabular}")[1:-1]) < 50
+
+
+def test_a_note_of_several_lines_stands_once():
+    rows = [make(name, notes=["warm-up cut", f"only {name}"]) for name in ("tecoa", "capt")]
+    rows += [make("apd", options={"alpha": alpha}, notes=["depth cut"]) for alpha in (1.0, 2.0, 3.0, 4.0)]
+    for kind in ("markdown", "latex"):
+        text = render(rows, kind)
+        assert "warm-up cut: tecoa, capt" in text and "only capt: capt" in text and "depth cut: apd (4 lines)" in text
+
+
+def test_a_place_without_rows(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    for name, said in (("rums", f"no such file or folder; did you mean {tmp_path}/runs?"),
+                       ("else/where", "no such file or folder; name a run folder"),
+                       ("runs", "no results.jsonl; evaluate first: advtune evaluate DIR")):  # fmt: skip
+        assert main(["report", str(tmp_path / name), "--out", str(tmp_path / "out.md")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert not (tmp_path / "out.md").exists()

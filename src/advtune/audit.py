@@ -200,11 +200,15 @@ def asked_eps(args: argparse.Namespace) -> float:
 
 def run(args: argparse.Namespace, model: VLM, task: Task, how: dict[str, Any]) -> None:
     """The verb: audit, write the page, say what was found."""
-    found = audit(
-        model, task, args.out, eps=asked_eps(args), fix=args.fix, shots=args.shots or SHOTS, epochs=args.epochs,
-        options=args.options, attack=args.attack_options, batch_size=args.batch_size, seed=args.seed,
-        overwrite=args.overwrite, again=command(args), **how,
-    )  # fmt: skip
+    try:
+        found = audit(
+            model, task, args.out, eps=asked_eps(args), fix=args.fix, shots=args.shots or SHOTS, epochs=args.epochs,
+            options=args.options, attack=args.attack_options, batch_size=args.batch_size, seed=args.seed,
+            overwrite=args.overwrite, again=command(args), **how,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        rest = ", without --overwrite," if args.overwrite else ""
+        raise KeyboardInterrupt(f"the same command{rest} goes on where this audit was") from None
     told(found, write(found), args.json)
 
 

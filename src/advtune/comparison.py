@@ -10,7 +10,18 @@ import numpy as np
 
 from advtune.errors import UserError
 from advtune.report.formats import escape
-from advtune.report.table import TRAINED_ON, canonical, flat, group_by, pixels, setting, shown, slice_name, without
+from advtune.report.table import (
+    TRAINED_ON,
+    attacked,
+    canonical,
+    flat,
+    group_by,
+    pixels,
+    setting,
+    shown,
+    slice_name,
+    without,
+)  # fmt: skip
 from advtune.results import Row, flag_text
 
 ALPHA = 0.05
@@ -176,7 +187,7 @@ def _by_seed(rows: Sequence[Row], side: str) -> dict[Any, Row]:
 
 def _key(row: Row) -> tuple[str, str]:
     images = [row.data.get(key) for key in ("sha256", "classes", "resolution")]
-    return canonical([*images, row.clean["n"]]), canonical(without(row.attack, "seed"))
+    return canonical([*images, row.clean["n"]]), canonical(without(attacked(row.attack), "seed"))
 
 
 def _facts(row: Row) -> dict[str, Any]:

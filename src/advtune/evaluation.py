@@ -234,8 +234,11 @@ def other_model(s: Setting) -> VLM | None:
     if facts is not None:
         name = str(Path(folder) / facts["path"]) if facts["path"] and folder else facts["name"]
     try:
-        return runs.load(name, str(s.model.device), s.model.precision) if name else None
-    except UserError:  # a backbone that was tuned in memory, or is gone
+        other = runs.load(name, str(s.model.device), s.model.precision) if name else None
+        if other is not None:
+            other.tokens(s.task.classes, s.task.template)
+        return other
+    except UserError:  # a backbone that was tuned in memory, or is gone; or texts longer than it reads
         return None
 
 

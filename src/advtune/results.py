@@ -18,7 +18,7 @@ from typing import Any
 
 from advtune import __version__
 from advtune.disk import crc_fits, naming, with_crc
-from advtune.errors import UserError
+from advtune.errors import UserError, suggest
 from advtune.kinds import check_kinds
 from advtune.untrusted import parse_json
 
@@ -253,9 +253,14 @@ def _cut(line: bytes) -> bool:
 
 def files_in(place: Path) -> list[Path]:
     """The files of result rows under a path. Raises UserError when there are none."""
+    if not place.exists():
+        beside = place.parent.iterdir() if place.parent.is_dir() else ()
+        hint = suggest(str(place), [str(each) for each in beside])
+        raise UserError(f"{place}: no such file or folder; {hint or 'name a run folder, or one of run folders'}")
     found = [place] if place.is_file() else sorted(place.rglob("results.jsonl"))
     if not found:
-        raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {place} --data ... --attack pgd")
+        run = place if (place / "config.json").is_file() else "DIR"
+        raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {run} --data ... --attack pgd")
     return found
 
 

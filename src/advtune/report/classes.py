@@ -34,6 +34,11 @@ class ClassLine:
     low: float  # 95 % Wilson interval of the robust accuracy, or without an attack of the clean one
     high: float
 
+    @property
+    def clean_interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the clean accuracy."""
+        return wilson(round(self.clean * self.n), self.n)
+
 
 def labelled(row: Row, folder: Path | None = None) -> Labelled:
     """The data that a row was measured on, from its spec; rows hold flags, but no labels.

@@ -12,13 +12,29 @@ from advtune.errors import UserError
 from advtune.report.classes import ClassLine, fragile, labelled, per_class
 from advtune.report.formats import heading, label
 from advtune.report.found import Measured, headline, log_of, measured, terms_of
-from advtune.report.plot import COLOURS, Panel, look, pictures, plain_legend, scatter_panels, shortened
+from advtune.report.plot import (
+    COLOURS,
+    CROWD,
+    WIDE,
+    WORDY,
+    Panel,
+    folded,
+    legend_below,
+    look,
+    pictures,
+    plain_legend,
+    room,
+    scatter_panels,
+    shortened,
+)  # fmt: skip
 from advtune.report.table import group_by, latest, line_key, lines_with_rows, pixels, section_key, without
 from advtune.results import Row, mean_and_spread, wilson, write_atomic
 
 CLEAN, ROBUST = "#56B4E9", "#D55E00"  # sky and vermilion: told apart by lightness, too
 KINDS = ("pdf", "png")
+DPI = 300  # of a .png for a paper
 MOST = 12  # panels of a kind
+TITLE = 44  # letters of a line above a panel
 POINTS = 400  # of a drawn curve; a longer log is thinned to means
 
 
@@ -75,24 +91,34 @@ def eps_panels(rows: Sequence[Row], names: Sequence[str] = ()) -> list[Panel]:
     """A panel for each set of curves; `names` fixes colours across figures."""
     found = eps_curves(rows)
     names = list(dict.fromkeys([*names, *(curve.name for _, curves in found for curve in curves)]))
-    return [Panel(title.replace(" · ", "\n"), partial(_draw_curves, curves=curves, names=names))
-            for title, curves in found[:MOST]]  # fmt: skip
+    panels = []
+    for title, curves in found[:MOST]:
+        own = [curve.name for curve in curves]
+        crowded = len(own) > CROWD // 2 or any(len(name) > WORDY for name in own)
+        draw = partial(_draw_curves, curves=curves, names=names, below=crowded)
+        panels.append(Panel(title.replace(" · ", "\n"), draw, size=room(own if crowded else ())))
+    return panels
 
 
-def _draw_curves(axis: Any, curves: Sequence[Curve], names: Sequence[str]) -> None:
+def _draw_curves(axis: Any, curves: Sequence[Curve], names: Sequence[str], below: bool) -> None:
     for curve in curves:
         eps, mean, low, high, _ = zip(*curve.points, strict=True)
         colour, marker = look(curve.name, names)
         bars = [[100 * max(0, m - l) for m, l in zip(mean, low, strict=True)],
                 [100 * max(0, h - m) for m, h in zip(mean, high, strict=True)]]  # fmt: skip
         axis.errorbar(eps, [100 * m for m in mean], yerr=bars, fmt=f"-{marker}", color=colour, markersize=5,
-                      linewidth=1.4, elinewidth=0.8, capsize=2, label=shortened(curve.name, 48))  # fmt: skip
+                      linewidth=1.4, elinewidth=0.8, capsize=2, label=folded(curve.name))  # fmt: skip
     ticks = sorted({point[0] for curve in curves for point in curve.points})
-    axis.set_xticks(ticks, [pixels(eps) for eps in ticks])
+    texts = [pixels(eps) for eps in ticks]
+    whole = all(text.endswith("/255") or text == "0" for text in texts)  # beside each other there is little room
+    axis.set_xticks(ticks, [text.removesuffix("/255") if whole else text for text in texts])
     axis.set_ylim(bottom=-2)
-    axis.set_xlabel("eps of the attack (0: clean)")
+    axis.set_xlabel(f"eps of the attack{', steps of 1/255' if whole else ''} (0: clean)")
     axis.set_ylabel("accuracy (%)")
-    plain_legend(axis)
+    if below:
+        legend_below(axis)
+    else:
+        plain_legend(axis)
 
 
 def class_columns(lines: Sequence[Measured]) -> tuple[list[tuple[str, list[ClassLine]]], str]:
@@ -115,31 +141,33 @@ def class_columns(lines: Sequence[Measured]) -> tuple[list[tuple[str, list[Class
 def class_panels(columns: Sequence[tuple[str, Sequence[ClassLine]]]) -> list[Panel]:
     """A panel of bars for each method; all in one order, the most fragile class on top."""
     order = fragile([column for _, column in columns])
-    tall = 1.5 + 0.24 * len(order)
-    return [Panel(name, partial(_draw_classes, column=column, order=order, legend=i == 0), size=(5.2, tall))
-            for i, (name, column) in enumerate(columns[:MOST])]  # fmt: skip
+    size = (WIDE, 1.8 + 0.24 * len(order))
+    return [Panel(folded(name, TITLE), partial(_draw_classes, column=column, order=order), size=size)
+            for name, column in columns[:MOST]]  # fmt: skip
 
 
-def _draw_classes(axis: Any, column: Sequence[ClassLine], order: Sequence[str], legend: bool) -> None:
+def _draw_classes(axis: Any, column: Sequence[ClassLine], order: Sequence[str]) -> None:
     by_name = {line.name: line for line in column}
     lines = [by_name[name] for name in order if name in by_name]
     places = range(len(lines))
-    axis.barh(places, [100 * line.clean for line in lines], height=0.78, color=CLEAN, label="clean")
-    if lines[0].robust is not None:
-        robust = [100 * (line.robust or 0) for line in lines]
-        bars = [[max(0, r - 100 * line.low) for r, line in zip(robust, lines, strict=True)],
-                [max(0, 100 * line.high - r) for r, line in zip(robust, lines, strict=True)]]  # fmt: skip
-        axis.barh(places, robust, height=0.4, color=ROBUST, label="robust, 95 % interval", xerr=bars,
-                  error_kw={"elinewidth": 0.8, "capsize": 1.5})  # fmt: skip
+    clean, attacked = [100 * line.clean for line in lines], lines[0].robust is not None
+    last = [100 * (line.robust or 0) for line in lines] if attacked else clean
+    bars = [[max(0, mean - 100 * line.low) for mean, line in zip(last, lines, strict=True)],
+            [max(0, 100 * line.high - mean) for mean, line in zip(last, lines, strict=True)]]  # fmt: skip
+    whiskers = {"xerr": bars, "error_kw": {"elinewidth": 0.8, "capsize": 1.5}}
+    if attacked:
+        axis.barh(places, clean, height=0.78, color=CLEAN, label="clean")
+        axis.barh(places, last, height=0.4, color=ROBUST, label="robust, 95 % interval", **whiskers)
+    else:
+        axis.barh(places, clean, height=0.78, color=CLEAN, label="clean, 95 % interval", **whiskers)
     axis.set_yticks(places, [f"{shortened(line.name, 28)} ({line.n})" for line in lines], fontsize=8)
     for text in axis.get_yticklabels():
         text.set_parse_math(False)
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.set_xlim(0, 100)
-    axis.set_xlabel("accuracy (%), images in brackets")
-    if legend:
-        plain_legend(axis, loc="lower right")
+    axis.set_xlabel("accuracy (%), n in brackets", fontsize=8)
+    legend_below(axis, columns=2)
 
 
 def training_panels(lines: Sequence[Measured]) -> list[Panel]:
@@ -148,7 +176,9 @@ def training_panels(lines: Sequence[Measured]) -> list[Panel]:
     for each in lines:
         log = next((log for folder in each.folders if folder and (log := log_of(folder))), [])
         if terms := terms_of(log):
-            panels.append(Panel(each.name, partial(_draw_training, log=log, terms=terms), size=(5.2, 3.6)))
+            panels.append(
+                Panel(folded(each.name, TITLE), partial(_draw_training, log=log, terms=terms), size=(WIDE, 3.9))
+            )
     return panels[:MOST]
 
 
@@ -166,7 +196,8 @@ def _draw_training(axis: Any, log: Sequence[Mapping[str, float]], terms: Sequenc
         axis.set_yscale("log", nonpositive="mask")
     axis.set_xlabel("step (markers: means of the epochs)")
     axis.set_ylabel("loss term")
-    plain_legend(axis)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    legend_below(axis, columns=min(4, len(terms)))
 
 
 def fmean(values: Sequence[float]) -> float:
@@ -185,17 +216,21 @@ def write_figures(rows: Sequence[Row], folders: Mapping[str, Path], out: Path) -
 
     Raises UserError when there is nothing to draw.
     """
-    shown = headline(measured(rows, dict(folders)))
+    lines = measured(rows, dict(folders))
+    shown, names = headline(lines), [each.name for each in lines]
     columns, why = class_columns(shown)
     panels = {
-        "scatter": (scatter_panels(rows, 2) or scatter_panels(rows), "no row has a robust accuracy"),
-        "eps": (eps_panels(rows), "no setting was attacked at several eps: advtune evaluate ... -a eps=0,1/255,2/255"),
+        "scatter": (scatter_panels(rows, 2, names) or scatter_panels(rows, 1, names), "no row has a robust accuracy"),
+        "eps": (
+            eps_panels(rows, names),
+            "no setting was attacked at several eps: advtune evaluate ... -a eps=0,1/255,2/255",
+        ),
         "classes": (class_panels(columns), why),
         "training": (training_panels(shown), "no run folder with train.jsonl is here"),
     }
     files, missing = [], []
     for name, (some, reason) in panels.items():
-        for kind, content in pictures(some, KINDS).items() if some else ():
+        for kind, content in pictures(some, KINDS, dpi=DPI).items() if some else ():
             files.append(out / f"{name}.{kind}")
             write_atomic(files[-1], content)
         missing += [] if some else [f"no {name} figure: {reason}"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from advtune.errors import UserError
 from advtune.report.harmonic import harmonic_means, harmonic_table
-from advtune.report.table import BLIND, flat, pixels, sections, shown, slice_name, table
+from advtune.report.table import BLIND, flat, group_by, pixels, sections, shown, slice_name, table
 from advtune.results import Row
 from advtune.untrusted import cell, visible
 
@@ -37,7 +39,9 @@ LATEX = {
     "\r": " ",
     "\t": " ",
 } | {special: "\\" + special for special in "&%_#${}"}
-LONG = 24  # letters of a cell, beyond which its column is broken into lines
+# A table on a bare article's page: letters of a line in footnotesize, and lines. In wider ones text columns with cells
+# of more than LONG letters are broken, each to a share of the width, which has FOLD letters.
+ROOM, PAGE, LONG, BROKEN, FOLD = 72, 50, 20, (0.2, 0.14, 0.1), 95
 LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"  # those of Latin-1 that OT1 fonts have
 
 
@@ -123,8 +127,17 @@ def footnotes(section: Sequence[Line]) -> list[str]:
     for line in section:
         if any(line["skipped"]):
             notes.append(f"{label(line)}: images that could not be read and were skipped: {max(line['skipped'])}.")
-        notes += [f"{label(line)}: {note}" for note in line["notes"]]
+    shared = group_by([(note, label(line)) for line in section for note in line["notes"]], lambda each: each[0])
+    notes += [f"{note}: {_whose([name for _, name in pairs], section)}" for note, pairs in shared.items()]
     return list(dict.fromkeys(notes))
+
+
+def _whose(names: Sequence[str], section: Sequence[Line]) -> str:
+    """The lines by name; more than three of them by method and number."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    methods = Counter(line["method"] for line in section if label(line) in names)
+    return ", ".join(method if k == 1 else f"{method} ({k} lines)" for method, k in methods.items())
 
 
 def _size(resolution: Any) -> str:
@@ -203,26 +216,43 @@ def _settings(section: Sequence[Line]) -> str:
 def _latex(lines: Sequence[Line]) -> str:
     blocks = []
     for section in sections(lines):
-        header, *body = cells(section)
-        align = "".join(_column(line[i] for line in body) for i in range(3)) + "r" * (len(header) - 3)
-        rows = [" & ".join(tex(cell) for cell in line) + r" \\" for line in body]
-        top = rf"\noindent\textbf{{{tex(heading(section))}}}\par"
-        head = [
-            rf"\begingroup\footnotesize\tabcolsep 3pt\noindent\begin{{tabular}}{{{align}}}",
-            r"\hline",
-            " & ".join(map(tex, header)) + r" \\",
-            r"\hline",
-        ]
+        top = rf"\noindent{{\raggedright\textbf{{{tex(heading(section))}}}\par}}\nopagebreak"
         notes = [below] if (below := subheading(section)) else []
-        foot = [rf"\noindent{{\footnotesize {tex(note)}\par}}" for note in [*notes, *footnotes(section)]]
-        blocks.append("\n".join([top, *head, *rows, r"\hline", r"\end{tabular}\par\endgroup", *foot]))
-    blocks.append(rf"\noindent{{\footnotesize {tex(CAPTION)}\par}}")
-    return "\n\n".join(blocks) + "\n"
+        foot = [_small(note) for note in [*notes, *footnotes(section)]]
+        blocks.append("\n".join([top, *_tabulars(cells(section)), *foot]))
+    return "\n\n".join([*blocks, _small(CAPTION)]) + "\n"
 
 
-def _column(texts: Iterable[str]) -> str:
-    """A column of text: broken into lines where it would push the numbers off the page."""
-    return r"p{0.24\textwidth}" if max(map(len, texts)) > LONG else "l"
+def _small(text: str) -> str:
+    return rf"\noindent{{\footnotesize\raggedright {tex(text)}\par}}"
+
+
+def _tabulars(grid: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The cells as tables of at most a page: a bare article breaks none. What is too wide is set smaller, and long
+    cells of text are broken into lines."""
+    header, *body = grid
+    widest = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    wide = sum(widest) > ROOM
+    size = "scriptsize" if wide else "footnotesize"
+    share = [BROKEN[i] if wide and i < 3 and width > LONG else 0 for i, width in enumerate(widest)]
+    align = [rf"p{{{part}\textwidth}}" if part else "l" if i < 3 else "r" for i, part in enumerate(share)]
+    tall = [
+        max(math.ceil(len(cell) / FOLD / part) if part else 1 for cell, part in zip(line, share, strict=True))
+        for line in body
+    ]
+    page = sum(tall) / math.ceil(sum(tall) / PAGE)
+    pages = group_by(range(len(body)), lambda i: sum(tall[:i]) // page)
+    for lines in pages.values():
+        yield rf"\begingroup\{size}\tabcolsep 3pt\noindent\begin{{tabular}}{{{''.join(align)}}}"
+        yield r"\hline"
+        yield " & ".join(map(tex, header)) + r" \\"
+        yield r"\hline"
+        for i in lines:
+            own = [rf"\raggedright {tex(cell)}" if part else tex(cell)
+                   for cell, part in zip(body[i], share, strict=True)]  # fmt: skip
+            yield " & ".join(own) + r" \\"
+        yield r"\hline"
+        yield r"\end{tabular}\par\endgroup"
 
 
 def csv_text(lines: Sequence[Line]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advtune.report.formats import label
-from advtune.report.table import lines_with_rows, sections
+from advtune.report.table import attacks, lines_with_rows, sections
 from advtune.results import Row, read
 from advtune.untrusted import parse_json, read_json
 
@@ -65,7 +65,7 @@ def headline(lines: Sequence[Measured]) -> list[Measured]:
     setting alone of each method, by robust accuracy (without an attack by clean), zero-shot first."""
     by_section = [[each for each in lines if each.line["section"] == section[0]["section"]]
                   for section in sections([each.line for each in lines])]  # fmt: skip
-    attacked = [each for each in by_section if each[0].line["robust_accuracy"] is not None] or by_section
+    attacked = [each for each in by_section if attacks(each[0].line)] or by_section
     chosen = max(attacked, key=lambda each: (len(each), each[0].line["attack"] == "autoattack"))
     best: dict[str, Measured] = {}
     for each in chosen:

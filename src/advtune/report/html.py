@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -20,7 +19,7 @@ from advtune.report.found import Measured, headline, measured
 from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.plot import FRONT, Panel, front, pictures, scatter_panels
 from advtune.report.summary import blind, notices, tiles, words
-from advtune.report.table import flat, group_by, pixels, shown
+from advtune.report.table import attacks, flat, pixels, shown
 from advtune.results import Row, now
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 SHRUNK = 0.8  # of a panel's size, so that its letters can be read on a phone
 SIDE = 160  # pixels of a gallery picture; a larger one is made smaller, and JPEG
 ELSEWHERE = ("Alarm, ", "Warning, ", "† ", "Backbone ")  # footnotes that the page has in the table or the summary
+NO_ATTACK = "No row has a robust accuracy: evaluate with an attack."
 NO_EPS = (
     "Every setting was attacked at one eps alone. For a curve: "
     "advtune evaluate DIR --data SPEC --attack pgd -a eps=0,1/255,2/255,4/255"
@@ -73,7 +73,7 @@ def page(
         "harmonic": harmonic_table(harmonic_means(rows)) if harmonic_means(rows) else [],
         "caption": CAPTION,
         "setting": heading([best[0].line]),
-        "figures": _figures(rows, best, columns, why, given is not None),
+        "figures": _figures(rows, lines, best, columns, why, given is not None),
         "classes": _class_table(columns),
         "gallery": (_pictured(given.gallery) if given else _gallery(best)) if gallery else None,
         "rows": len(rows),
@@ -121,19 +121,8 @@ def _table(section: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _notes(section: Sequence[dict[str, Any]]) -> list[str]:
-    """The footnotes that the page has nowhere else; a note of several lines once."""
-    shared = group_by([(note, label(line)) for line in section for note in line["notes"]], lambda each: each[0])
-    own = {f"{name}: {note}" for pairs in shared.values() for note, name in pairs}
-    notes = [note for note in footnotes(section) if not note.startswith(ELSEWHERE) and note not in own]
-    return notes + [f"{note}: {_whose([name for _, name in pairs], section)}" for note, pairs in shared.items()]
-
-
-def _whose(names: Sequence[str], section: Sequence[dict[str, Any]]) -> str:
-    """The lines by name; more than three of them by method and number."""
-    if len(names) <= 3:
-        return ", ".join(names)
-    methods = Counter(line["method"] for line in section if label(line) in names)
-    return ", ".join(method if k == 1 else f"{method} ({k} lines)" for method, k in methods.items())
+    """The footnotes that the page has nowhere else."""
+    return [note for note in footnotes(section) if not note.startswith(ELSEWHERE)]
 
 
 def _number(line: Mapping[str, Any], name: str, text: str) -> dict[str, Any] | None:
@@ -157,16 +146,17 @@ def _settings(line: Mapping[str, Any]) -> str:
 
 
 def _figures(
-    rows: Sequence[Row], best: Sequence[Measured], columns: Any, why: str, one: bool
+    rows: Sequence[Row], lines: Sequence[Measured], best: Sequence[Measured], columns: Any, why: str, one: bool
 ) -> dict[str, dict[str, Any]]:
     """Pictures by kind, and why there are none. one: scatter the headline's setting alone."""
-    names = [each.name for each in best]
+    names = [each.name for each in lines]
     points = [row for each in best for row in each.rows] if one else rows
-    scattered = scatter_panels(points, 2) or scatter_panels(points)
+    scattered = scatter_panels(points, 2, names) or scatter_panels(points, 1, names)
+    attacked = any(attacks(each.line) for each in lines)
     found: dict[str, tuple[list[Panel], str]] = {
-        "scatter": (scattered, "No row has a robust accuracy: evaluate with an attack."),
-        "eps": (eps_panels(rows, names), NO_EPS),
-        "classes": (class_panels(columns), f"Not to be had here: {why}. {OFFLINE}"),
+        "scatter": (scattered, NO_ATTACK),
+        "eps": (eps_panels(rows, names), NO_EPS if attacked else NO_ATTACK),
+        "classes": (class_panels(columns), f"Not to be had here: {_why(why)}"),
         "training": (training_panels(best), NO_LOG),
     }
     return {
@@ -187,7 +177,8 @@ def _class_table(columns: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     for _, column in columns:
         for line in column:
             by_name.setdefault(line.name, []).append(line)
-    return {"names": [name for name, _ in columns], "lines": by_name, "drawn": FRAGILE}
+    return {"names": [name for name, _ in columns], "lines": by_name, "drawn": FRAGILE,
+            "attacked": any(line.robust is not None for column in by_name.values() for line in column)}  # fmt: skip
 
 
 def _gallery(best: Sequence[Measured]) -> dict[str, Any]:
@@ -197,8 +188,13 @@ def _gallery(best: Sequence[Measured]) -> dict[str, Any]:
     try:
         found = gallery(best)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        return {"why": f"{str(error) or type(error).__name__}. {OFFLINE}", "examples": []}
+        return {"why": _why(str(error) or type(error).__name__), "examples": []}
     return _pictured(found)
+
+
+def _why(reason: str) -> str:
+    """The reason as a sentence, and where it is the network, that a report is kept from it."""
+    return f"{reason}." + (f" {OFFLINE}" if "online" in reason or "download" in reason else "")
 
 
 def _pictured(found: Gallery) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from typing import Any
 
 from advtune.errors import UserError
 from advtune.report.formats import heading, label
-from advtune.report.table import sections, table
+from advtune.report.table import attacks, sections, table
 from advtune.results import Row, write_atomic
 
-# Okabe and Ito's eight, told apart with any colour vision; yellow last, it is faint on white
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+# Okabe and Ito's, told apart with any colour vision; for their yellow, which is faint on white, Tol's wine
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # nine against eight colours: 72 pairs before a repeat
 FORMATS = (".png", ".pdf", ".svg")
+STYLE = {"svg.hashsalt": "advtune", "pdf.fonttype": 42}  # TrueType: publishers refuse the default, Type 3
 UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 PLACES = [(6, 6), (6, -14), (-6, 6), (-6, -14), (6, 20), (6, -28), (-6, 20), (-6, -28)]  # points from the marker
 FRONT = "#888888"
@@ -54,7 +55,9 @@ def scatter(rows: Sequence[Row], path: str | os.PathLike[str], title: str | None
     write_atomic(path, pictures(panels, [kind], title)[kind])
 
 
-def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = None) -> dict[str, bytes]:
+def pictures(
+    panels: Sequence[Panel], kinds: Sequence[str], title: str | None = None, dpi: int = 120
+) -> dict[str, bytes]:
     """The panels side by side, at most three in a row, as a file of each kind (png, pdf or svg). The same panels
     give the same bytes."""
     import matplotlib
@@ -64,13 +67,13 @@ def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = 
     wide = min(3, len(panels))
     tall = math.ceil(len(panels) / wide)
     width, height = (max(panel.size[i] for panel in panels) for i in (0, 1))
-    figure = Figure(figsize=(width * wide, height * tall), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width * wide, height * tall), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, parse_math=False)
     axes = figure.subplots(tall, wide, squeeze=False).flatten()
     out = {kind: io.BytesIO() for kind in kinds}
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "advtune"}):
+    with warnings.catch_warnings(), matplotlib.rc_context(STYLE):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a class name in a script that the font has not
         for axis, panel in zip(axes, panels, strict=False):
             axis.set_axisbelow(True)
@@ -90,19 +93,24 @@ def pictures(panels: Sequence[Panel], kinds: Sequence[str], title: str | None = 
     return {kind: stream.getvalue() for kind, stream in out.items()}
 
 
-def scatter_panels(rows: Sequence[Row], least: int = 1) -> list[Panel]:
-    """Clean against robust accuracy, a panel for each section with an attack and at least so many lines."""
-    found = [each for each in sections(table(rows)) if each[0]["robust_accuracy"] is not None and len(each) >= least]
-    names = list(dict.fromkeys(label(line) for section in found for line in section))
+def scatter_panels(rows: Sequence[Row], least: int = 1, names: Sequence[str] = ()) -> list[Panel]:
+    """Clean against robust accuracy, a panel for each section with an attack and at least so many lines; `names`
+    fixes colours across figures."""
+    found = [each for each in sections(table(rows)) if attacks(each[0]) and len(each) >= least]
+    names = list(dict.fromkeys([*names, *(label(line) for section in found for line in section)]))
     panels = []
     for section in found:
-        crowded = len(section) > CROWD or any(len(label(line)) > WORDY for line in section)
+        own = [label(line) for line in section]
+        crowded = len(section) > CROWD or any(len(name) > WORDY for name in own)
         draw = partial(_points, section=section, names=names, legend=crowded)
         finish = None if crowded else partial(_labels, section=section)
-        entries = sum(folded(label(line)).count("\n") + 1 for line in section) if crowded else 0
-        size = (WIDE, TALL + ENTRY * entries)
-        panels.append(Panel(heading(section).replace(" · ", "\n"), draw, finish, size))
+        panels.append(Panel(heading(section).replace(" · ", "\n"), draw, finish, room(own if crowded else ())))
     return panels
+
+
+def room(names: Sequence[str]) -> tuple[float, float]:
+    """The size of a panel with a legend of these names below."""
+    return WIDE, TALL + ENTRY * sum(folded(name).count("\n") + 1 for name in names)
 
 
 def look(name: str, names: Sequence[str]) -> tuple[str, str]:
@@ -149,21 +157,29 @@ def _points(axis: Any, section: Sequence[dict[str, Any]], names: Sequence[str], 
         y = [best[0][1], *(robust for _, robust in best), axis.get_ylim()[0]]
         axis.step(x, y, where="pre", color=FRONT, linewidth=1, linestyle="--", zorder=0.5)
     if legend:
-        from matplotlib.transforms import offset_copy
+        legend_below(axis)
 
-        below = offset_copy(axis.transAxes, axis.figure, 0, -34, "points")  # under the axis and its name
-        plain_legend(axis, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, frameon=False, fontsize=7)
+
+def legend_below(axis: Any, columns: int = 1) -> None:
+    """A legend under the axis and its name, where a panel has `room` for it."""
+    from matplotlib.transforms import offset_copy
+
+    below = offset_copy(axis.transAxes, axis.figure, 0, -34, "points")
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+    plain_legend(axis, frameon=False, fontsize=7, ncols=columns, **where)
 
 
 def plain_legend(axis: Any, **how: Any) -> None:
-    """A legend whose names are no formulas."""
-    for text in axis.legend(**{"fontsize": 8, "framealpha": 0.85} | how).get_texts():
+    """A legend whose names are no formulas, and whose markers are not hidden by whiskers."""
+    handles, names = axis.get_legend_handles_labels()
+    marks = [each[0] if hasattr(each, "has_xerr") else each for each in handles]
+    for text in axis.legend(marks, names, **{"fontsize": 8, "framealpha": 0.85} | how).get_texts():
         text.set_parse_math(False)
 
 
-def folded(text: str) -> str:
-    """The text in lines of a legend's width."""
-    return textwrap.fill(text, 66)
+def folded(text: str, most: int = 66) -> str:
+    """The text in lines of so many letters, by default those of a legend."""
+    return textwrap.fill(text, most)
 
 
 def shortened(text: str, most: int) -> str:
@@ -178,6 +194,7 @@ def _labels(axis: Any, section: Sequence[dict[str, Any]]) -> None:
     inside = axis.get_window_extent()
     points = [(100 * line["clean_accuracy"], 100 * line["robust_accuracy"]) for line in section]
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
+    whiskers = [Bbox(axis.transData.transform(ends)) for line in section for ends in _whiskers(line)]
     for line, point in zip(section, points, strict=True):
         best = None
         for dx, dy in PLACES:
@@ -194,7 +211,7 @@ def _labels(axis: Any, section: Sequence[dict[str, Any]]) -> None:
             box = text.get_window_extent().padded(2)
             outside = max(0, inside.x0 - box.x0) + max(0, box.x1 - inside.x1)
             outside += max(0, inside.y0 - box.y0) + max(0, box.y1 - inside.y1)
-            cost = outside + 100 * box.count_overlaps(taken)
+            cost = outside + 100 * box.count_overlaps(taken) + box.count_overlaps(whiskers)
             if best is None or cost < best[0]:
                 if best:
                     best[1].remove()
@@ -205,3 +222,11 @@ def _labels(axis: Any, section: Sequence[dict[str, Any]]) -> None:
                 break
         assert best is not None
         taken.append(best[2])
+
+
+def _whiskers(line: dict[str, Any]) -> list[list[tuple[float, float]]]:
+    """The ends of a point's two whiskers."""
+    (x, left, right), (y, low, high) = (
+        [100 * line[f"{name}_{key}"] for key in ("accuracy", "low", "high")] for name in ("clean", "robust")
+    )
+    return [[(left, y), (right, y)], [(x, low), (x, high)]]

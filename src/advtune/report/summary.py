@@ -8,7 +8,7 @@ from typing import Any
 from advtune.report.formats import heading, label
 from advtune.report.found import Measured, headline, score
 from advtune.report.plot import front
-from advtune.report.table import BLIND, pixels, sections, slice_name
+from advtune.report.table import BLIND, attacks, pixels, sections, slice_name
 
 Line = dict[str, Any]
 MOST = 6  # names or settings in a sentence
@@ -67,11 +67,11 @@ def _measured(lines: Sequence[Measured]) -> str:
     facts = [each.line for each in lines]
     methods = list(dict.fromkeys(line["method"] for line in facts))
     data = list(dict.fromkeys(slice_name(line["dataset"], line["subset"], line["part"]) for line in facts))
-    attacks = list(dict.fromkeys(_attack(line) for line in facts if line["attack"]))
+    made = list(dict.fromkeys(_attack(line) for line in facts if attacks(line)))
     backbones = list(dict.fromkeys(str(line["backbone"]) for line in facts))
     n = sorted({line["n"] for line in facts})
     images = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
-    under = f", attacked with {_list(attacks)}" if attacks else ", without an attack"
+    under = f", attacked with {_list(made)}" if made else ", without an attack"
     rows = sum(len(each.rows) for each in lines)
     return (
         f"{_list(methods)} on {_list(data)} ({images} images{' each' if len(data) > 1 else ''}){under}. "
@@ -89,7 +89,7 @@ def _attack(line: Line) -> str:
 def _best(lines: Sequence[Measured]) -> list[str]:
     """The most robust line of each section, with what it is not told apart from."""
     found = []
-    attacked = [section for section in sections([each.line for each in lines]) if section[0]["attack"]]
+    attacked = [section for section in sections([each.line for each in lines]) if attacks(section[0])]
     attacked = [section for section in attacked if len(section) > 1] or attacked
     for section in attacked[:MOST]:
         best = max(section, key=score)
@@ -108,7 +108,7 @@ def _best(lines: Sequence[Measured]) -> list[str]:
 
 
 def _trust(lines: Sequence[Measured]) -> list[str]:
-    attacked = [each for each in lines if each.line["attack"]]
+    attacked = [each for each in lines if attacks(each.line)]
     if not attacked:
         return ["No attack was made: these numbers say nothing of robustness."]
     checked = [each for each in attacked if each.line["checks"]]

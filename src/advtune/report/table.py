@@ -12,8 +12,10 @@ from advtune.results import Row, mean_and_spread, wilson
 K = TypeVar("K")
 V = TypeVar("V")
 BLIND = 0.10  # share of exactly-zero input gradients above which an attack may have seen nothing
+FINE = 8  # steps of 1/255, below which quarters of one are written
 KIND = "train.attack.name"
 TRAINED_ON = ("train.name", "train.part", "train.shots")  # with the method, columns of their own
+LATER = {"loss": "ce", "eot": 1, "bpda": False}  # fields of attacks, at the value that rows without them had
 VARIES = ("seed", "n", "sha256", "skipped")  # of a split: what a seed changes
 
 
@@ -44,11 +46,16 @@ def sections(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(group_by(lines, lambda line: line["section"]).values())
 
 
+def attacks(line: Mapping[str, Any]) -> bool:
+    """Whether a line has a robust accuracy under an attack; at eps 0 there is none."""
+    return line["robust_accuracy"] is not None and line["eps"] != 0
+
+
 def pixels(value: Any) -> str:
-    """A distance between pixels as people write it: `4/255` when it is a multiple of 1/255."""
+    """A distance between pixels as people write it: `4/255` when it is a multiple of 1/255; of a few, quarters, too."""
     steps = value * 255
-    whole = round(steps)
-    return f"{whole}/255" if 0 < whole < 255 and abs(steps - whole) < 1e-6 else f"{value:g}"
+    near = round(4 * steps) / 4 if steps < FINE else round(steps)
+    return f"{near:g}/255" if 0 < near < 255 and abs(steps - near) < 1e-6 else f"{value:g}"
 
 
 def shown(key: str, value: Any) -> str:
@@ -87,19 +94,27 @@ def without(facts: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in (facts or {}).items() if key not in keys}
 
 
+def attacked(attack: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an attack did: equal for rows of versions that name more of its fields and of older ones."""
+    facts = {key: value for key, value in (attack or {}).items() if key not in LATER or value != LATER[key]}
+    if isinstance(facts.get("stages"), Sequence):
+        facts["stages"] = [attacked(each) for each in facts["stages"]]
+    return facts
+
+
 def section_key(row: Row) -> str:
     """Equal for rows whose numbers may stand in one table: data, n, attack and backbone."""
     data = [row.data.get(key) for key in ("name", "part", "resolution")] + [row.data.get("subset", "all")]
     sizes = [row.clean["n"], row.robust and row.robust["n"]]
     backbone = [row.backbone.get(key) for key in ("name", "sha256")]
-    return canonical([data, sizes, without(row.attack, "seed"), backbone])
+    return canonical([data, sizes, without(attacked(row.attack), "seed"), backbone])
 
 
 def setting(row: Row) -> dict[str, Any]:
     """All that decides a row's numbers, seeds aside, and is not in its section's heading."""
     train = _slice(row.train)
     if isinstance(train.get("attack"), Mapping):
-        train["attack"] = without(train["attack"], "seed")
+        train["attack"] = without(attacked(train["attack"]), "seed")
     return {
         "method": row.method,
         "options": row.options,
@@ -127,7 +142,7 @@ def slice_name(name: Any, subset: Any, part: Any) -> str:
 def line_key(row: Row, *free: str) -> str:
     """Equal for rows that differ in nothing but seeds and the facts `free`, named with dots: `data.classes`."""
     backbone = {key: row.backbone.get(key) for key in ("name", "sha256")}
-    where = {"data": _slice(row.data), "attack": without(row.attack, "seed"), "backbone": backbone}
+    where = {"data": _slice(row.data), "attack": without(attacked(row.attack), "seed"), "backbone": backbone}
     return canonical(without(flat(setting(row) | where), *free))
 
 
@@ -135,7 +150,8 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     """Of rows that differ only in when and where they were computed, the latest."""
     found: dict[str, Row] = {}
     for row in rows:
-        seeds = [row.train, row.data, row.recipe, row.attack]
+        train = row.train and row.train | {"attack": attacked(row.train.get("attack"))}
+        seeds = [train, row.data, row.recipe, attacked(row.attack)]
         key = section_key(row) + line_key(row) + canonical(seeds)
         if key not in found or row.time >= found[key].time:
             found[key] = row

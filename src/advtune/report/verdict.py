@@ -56,15 +56,15 @@ def verdict(found: Audit) -> list[tuple[str, str]]:
 def alarm(side: Side, when: str) -> list[tuple[str, str]]:
     """A paragraph of its own for what the checks found."""
     found = doubts(side.auto)
-    return [(f"Alarm: the robust accuracy{when} may be too high", found)] if found else []
+    return [(f"Alarm: a robust accuracy{when} may be too high", found)] if found else []
 
 
 def trust(side: Side) -> str:
     """That the checks found nothing, where they were made and did."""
     n = len(side.auto.checks)
-    return (
-        "" if doubts(side.auto) or not n else f" {n} checks for masked gradients raised no alarm; they prove nothing."
-    )
+    if doubts(side.auto) or not n:
+        return ""
+    return f" {n} check{'s' if n > 1 else ''} for masked gradients raised no alarm, which proves nothing."
 
 
 def guessing(row: Row, classes: int) -> bool:
@@ -118,9 +118,9 @@ def half(side: Side) -> str:
     """From which eps on less than half of the right answers is left."""
     whole = side.curve[0].clean["correct"]
     for row in side.curve if whole else ():
-        if row.robust and row.robust["correct"] < MOST * whole:
-            return f"Less than half of its right answers is left from eps {pixels((row.attack or {})['eps'])} on."
-    return "More than half of its right answers is left at every eps that was tried." if whole else ""
+        if row.attack and row.robust and row.robust["correct"] < MOST * whole:
+            return f"Under PGD less than half of its right answers is left from eps {pixels(row.attack['eps'])} on."
+    return "Under PGD more than half of its right answers is left at every eps that was tried." if whole else ""
 
 
 def doubts(row: Row) -> str:
@@ -145,7 +145,9 @@ def changed(found: Audit) -> tuple[str, str]:
     clean, robust = side.auto.clean, side.auto.robust or {}
     gain, price = (real(pair[which]) for which in ("robust", "clean"))
     if not gain:
-        head = f"The fix ({found.fix}) is not told from no fix" if not price else f"The fix ({found.fix}) does not help"
+        shown = {1: "helps on clean images alone", 0: "is not told from no fix",
+                 -1: "is not shown to help, and costs clean accuracy"}[price]  # fmt: skip
+        head = f"The fix ({found.fix}) {shown}"
     elif gain < 0:
         head = f"The fix ({found.fix}) makes it less robust"
     else:
