@@ -97,7 +97,7 @@ Engine = Callable[[Mapping[int, Run], Bench], Generator[Report, None, None]]
 
 
 @contextmanager
-def locked(path: Path, refusal: str = "", shared: bool = False) -> Iterator[None]:
+def holding(path: Path, refusal: str = "", shared: bool = False) -> Iterator[None]:
     """Holds a lock file, alone or with others that share it. Raises UserError with `refusal`, if there is one, when
     another process holds it, else waits. The lock goes with the process, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +115,13 @@ def locked(path: Path, refusal: str = "", shared: bool = False) -> Iterator[None
 def alone(out: Path, shared: bool = False) -> AbstractContextManager[None]:
     """Keeps other processes from working in OUT, but those that share it: tasks that do one run each. Raises UserError
     when one does."""
-    return locked(out / LOCK, f"{out}: another process works here; wait for it, or choose another --out", shared)
+    return holding(out / LOCK, f"{out}: another process works here; wait for it, or choose another --out", shared)
 
 
 def claimed(out: Path, run: Run) -> AbstractContextManager[None]:
     """Keeps other tasks of the study from this run. Raises UserError when one works on it."""
     refusal = f"{out / run.key}: another task works on this run; wait for it"
-    return locked(out / CLAIMS / run.key.replace("/", "-"), refusal)
+    return holding(out / CLAIMS / run.key.replace("/", "-"), refusal)
 
 
 def in_turn(todo: Mapping[int, Run], bench: Bench) -> Generator[Report, None, None]:
@@ -186,7 +186,7 @@ def keep(out: Path, failed: Sequence[Failure], keys: Collection[str] | None) -> 
     path = out / FAILED
     if not failed and not path.exists():
         return
-    with locked(out / CLAIMS / FAILED):  # tasks of one study write it at the same time
+    with holding(out / CLAIMS / FAILED):  # tasks of one study write it at the same time
         kept = path.read_text().splitlines(keepends=True) if keys is not None and path.exists() else []
         lines = [line for line in kept if json.loads(line)["key"] not in (keys or ())]
         lines += [json.dumps(asdict(each)) + "\n" for each in failed]
