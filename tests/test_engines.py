@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -48,7 +48,7 @@ def file(study, tmp_path):
 
 def facts(rows):
     """Rows without what two sittings differ in."""
-    found = [json.loads(row.to_json()) for row in rows]
+    found = [asdict(row) for row in rows]
     for row in found:
         for name in SITTING:
             del row[name]
