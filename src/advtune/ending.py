@@ -41,7 +41,7 @@ def caught(*signals: int) -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def state(args: argparse.Namespace) -> tuple[int, ...]:
         return ()
     place = Path(out) if args.verb == "train" else Path(out) / args.fix
     try:
-        found = place.with_name(f"{place.name}.partial").stat()
+        found = (place.parent / f"{place.name}.partial").stat()
     except OSError:
         return ()
     return found.st_ino, found.st_mtime_ns
