@@ -83,7 +83,7 @@ def caught(*signals: int) -> Iterator[None]:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 @contextmanager
@@ -129,8 +129,8 @@ def state(args: argparse.Namespace) -> tuple[int, ...]:
         return ()
     place = Path(out) if args.verb == "train" else Path(out) / args.fix
     try:
-        found = place.with_name(f"{place.name}.partial").stat()
-    except (OSError, ValueError):  # not there; a folder without a name is refused by the verb
+        found = (place.parent / f"{place.name}.partial").stat()
+    except OSError:
         return ()
     return found.st_ino, found.st_mtime_ns
 
