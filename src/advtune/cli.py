@@ -15,7 +15,7 @@ from typing import Any
 
 from advtune.arguments import build
 from advtune.errors import UserError, near, suggest
-from advtune.examples import START
+from advtune.examples import start
 from advtune.parsing import parse
 
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on stderr), 130 when interrupted. Without a verb it says how to begin."""
     given, parser = sys.argv[1:] if arguments is None else list(arguments), build()
     if not given:
-        print(START.format(", ".join(parser.verbs())), end="")
+        print(start(parser.verbs()), end="")
         return 0
     args = parse(parser, given)
     warnings.showwarning = _show_warning

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advtune.clip import ACTIVATIONS, CLIP, ClipConfig, TowerConfig
-from advtune.errors import UserError
+from advtune.errors import UserError, suggest
 from advtune.huggingface import fill, to_huggingface
+from advtune.listing import HUB_BACKBONES
 from advtune.preprocess import Preprocess, from_config
 from advtune.tokenizer import Tokenizer, load_tokenizer
 
@@ -70,10 +71,10 @@ def locate(name: str) -> Path:
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        known = ", ".join(EMBEDDED)
+        known, hint = ", ".join(EMBEDDED), suggest(name, [*EMBEDDED, *HUB_BACKBONES])
         raise UserError(
             f"backbone {name!r}: no such folder, and not a hub id such as openai/clip-vit-base-patch32 "
-            f"(embedded: {known})"
+            f"(embedded: {known}); {hint}".rstrip("; ")
         )
     return download(name)
 
@@ -88,8 +89,9 @@ def download(repo: str) -> Path:
             folder = Path(snapshot_download(repo, allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
     except Exception as error:  # the hub client raises many kinds; all mean that it cannot be had
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        hint = "" if repo in HUB_BACKBONES else suggest(repo, HUB_BACKBONES)
         raise UserError(
-            f"backbone {repo!r} cannot be downloaded ({reason}); give a local folder in the same format"
+            f"backbone {repo!r} cannot be downloaded ({reason}); {hint or 'give a local folder in the same format'}"
         ) from error
     return folder
 

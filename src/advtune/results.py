@@ -16,7 +16,7 @@ from secrets import token_hex
 from typing import Any
 
 from advtune import __version__
-from advtune.errors import UserError
+from advtune.errors import UserError, suggest
 
 SCHEMA = 1
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
@@ -240,6 +240,9 @@ def _cut(line: bytes) -> bool:
 def files_in(place: Path) -> list[Path]:
     """The files of result rows under a path. Raises UserError when there are none."""
     found = [place] if place.is_file() else sorted(place.rglob("results.jsonl"))
+    if not place.exists():
+        beside = [str(each) for each in place.parent.glob("*") if each.is_dir()]
+        raise UserError(f"{place}: there is no such folder; {suggest(place, beside)}".rstrip("; "))
     if not found:
         raise UserError(f"{place}: no results.jsonl; evaluate first: advtune evaluate {place} --data ... --attack pgd")
     return found
