@@ -72,7 +72,8 @@ def pages():
     yield from ((str(path.relative_to(ROOT)), path.read_text()) for path in PAGES)
     yield from ((f"site/{name}", made.method_page(name).partition("## Code")[0]) for name in made.registry())
     yield "site/attacks", made.attacks_page()
-    yield from (("site/notebook", text) for text in made.notebook_pages(made.NOTEBOOK).values() if isinstance(text, str))
+    notebook = made.notebook_pages(made.NOTEBOOK).values()
+    yield from (("site/notebook", text) for text in notebook if isinstance(text, str))
 
 
 def of_help():
@@ -303,7 +304,8 @@ def test_links_lead_somewhere(page):
 
 def test_nothing_is_left_out():
     """The pages are read: as many lines that begin with advtune stand in them as there are commands of it."""
-    lines = [line for page in PAGES for line in re.findall(r"^(?:\$ )?advtune (?!\S+:).*", page.read_text(), re.MULTILINE)]
+    begin = re.compile(r"^(?:\$ )?advtune (?!\S+:).*", re.MULTILINE)
+    lines = [line for page in PAGES for line in begin.findall(page.read_text())]
     run = [each for each in FOUND if each.how == "run" and each.page.endswith(".md")]
     prose = [line for line in lines if "`" in line]
     assert len(run) == len(lines) - len(prose)
