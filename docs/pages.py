@@ -11,6 +11,8 @@ import json
 import os
 import re
 from base64 import b64decode
+from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ NOTEBOOK = ROOT / "docs" / "notebooks" / "harden.ipynb"
 ARXIV = re.compile(r"(?:arXiv[: ])(\d{4}\.\d{4,5})")
 AWAY = re.compile(r"\]\(\.\./([^)#\s]+)\)")  # a link out of docs/
 EQUATION = re.compile(r"L = |\w+: .*\(")
-LETTERS = "f is the model that learns, f0 the one before, x an image, x' what the attack made of it, y its label."
+LETTERS = (
+    "f is the model that learns, f0 the one before, x an image, x' what the attack made of it, y its label. CE is the "
+    "cross-entropy, KL the Kullback-Leibler divergence; both are means over the batch unless something else is said."
+)
 REQUEST = re.compile(
     r"<(?:script|img|iframe|source|audio|video|embed)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^\"'\s>]+"
     r"|<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|icon|preconnect|preload|modulepreload))[^>]*href=[\"']?(?:https?:)?//[^>]+"
@@ -146,6 +151,7 @@ def method_page(name: str) -> str:
     from advtune.methods import METHODS
 
     fact, kind = registry()[name], METHODS[name]
+    train = f"advtune train {name} --data fashion-mnist-mini --shots 16 --epochs 5"
     about, _, rest = inspect.getdoc(kind).partition("\n\n")  # type: ignore[union-attr]
     lines = [f"# {name}", "", cited(" ".join(about.split())), ""]
     if rest:
@@ -156,7 +162,8 @@ def method_page(name: str) -> str:
     if fact["trains"] == "nothing":
         lines += ["## Use", "", "```", "advtune evaluate zero-shot --data fashion-mnist-mini --attack pgd", "```", ""]
     else:
-        lines += ["## Use", "", "```", f"advtune train {name} --data fashion-mnist-mini --out runs/{name}", "```", ""]
+        lines += ["## Use", "", "```", f"{train} --out runs/{name}", "```", ""]
+        lines += ["A try, on what is in the package. Without `--epochs` it takes as many as the recipe below has.", ""]
     lines += [f"Trains: {fact['trains']}.", ""]
     if fact["options"]:
         lines += ["## Options", "", "`-o name=value`", "", *options_table(fact["options"]), ""]
@@ -200,13 +207,20 @@ def options_table(options: list[dict[str, Any]]) -> list[str]:
 
 
 def api_page(title: str, about: str, names: str) -> str:
-    """A heading and a directive of mkdocstrings for each name."""
+    """A heading and a directive of mkdocstrings for each name; what has options has them as a table."""
     import advtune
+    from advtune.options import describe
 
     lines = [f"# {title}", "", about, ""]
     for name in names.split():
         place = name if "." in name else f"{advtune._HOME[name]}.{name}"
-        lines += [f"::: advtune.{place}", "    options:", f"      heading: advtune.{name}", ""]
+        lines += [f"::: advtune.{place}", "    options:", f"      heading: advtune.{name}"]
+        module, _, own = place.rpartition(".")
+        thing = getattr(import_module(f"advtune.{module}"), own)
+        options = describe(thing) if is_dataclass(thing) else []
+        if options and all(each["help"] for each in options):
+            lines += ["      merge_init_into_class: false", "      members: []", "", *options_table(options)]
+        lines.append("")
     return "\n".join(lines)
 
 

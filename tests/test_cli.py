@@ -415,8 +415,10 @@ def test_compare_without_a_pair_is_one_line(zero, run, base, tmp_path, capsys):
     line = failure(["compare", tmp_path / "zero", run], capsys)
     assert "nothing to compare: not the same attack" in line
     assert "pgd eps 2/255" in line and "pgd eps 4/255" in line
-    assert "no results.jsonl" in failure(["compare", tmp_path / "zero", tmp_path / "zero" / "nothing"], capsys)
-    assert "required" in failure(["compare", tmp_path / "zero"], capsys)
+    assert "nothing: there is no such folder" in failure(
+        ["compare", tmp_path / "zero", tmp_path / "zero" / "nothing"], capsys
+    )
+    assert "missing: DIR; for example" in failure(["compare", tmp_path / "zero"], capsys)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "results.jsonl").write_text("{}\n")
     assert "line 1" in failure(["compare", tmp_path / "zero", tmp_path / "odd"], capsys)

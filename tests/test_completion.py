@@ -54,13 +54,22 @@ def test_a_script_is_sound_and_knows_every_name(shell, scripts):
         (["study", "few-shot", "--methods", "tecoa", "cap"], "capt"),
         (["report", "--format", ""], "markdown csv latex json html"),
         (["list", "b"], "backbones"),
+        (["evaluate", "zer"], "zero-shot"),
+        (["evaluate", "ru"], "runs"),
+        (["train", "capt", "--backbone", "mi"], "mini"),
+        (["train", "capt", "--backbone", "runs/te"], "runs/tecoa"),
+        (["predict", "runs/tecoa", "runs/tecoa/del"], "runs/tecoa/delta"),
+        (["study", "eps"], "eps-curve"),
+        (["study", "runs/tecoa/stu"], "runs/tecoa/study.toml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bash_completes(typed, offered, scripts):
-    done = subprocess.run(
-        ["bash", "-c", TRY, str(scripts["bash"]), "advtune", *typed], capture_output=True, text=True, check=True
-    )
+def test_bash_completes(typed, offered, scripts, tmp_path):
+    (tmp_path / "runs" / "tecoa").mkdir(parents=True)
+    for name in ("delta", "study.toml"):
+        (tmp_path / "runs" / "tecoa" / name).touch()
+    command = ["bash", "-c", TRY, str(scripts["bash"]), "advtune", *typed]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == offered
 
 

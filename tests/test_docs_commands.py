@@ -1,4 +1,5 @@
-"""Every command and every block of code in README and docs, done in a folder of small stand-ins.
+"""Every command and every block of code in README and docs, in the pages that the site makes and below --help, done in
+a folder of small stand-ins.
 
 The name of each test says what is done with the command:
 run      - by `advtune.cli.main` (what torchrun starts: by one process), with its own verbs, flags, options, names and
@@ -10,9 +11,11 @@ parsed   - in the prose: the verb, its flags and the names of methods, attacks a
 checked  - another program: a target of the Makefile, or a package of an extra.
 """
 
+import importlib.util
 import re
 import shlex
 import shutil
+import textwrap
 import tomllib
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +25,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from advtune import arguments, cli
+from advtune import arguments, cli, examples
+from advtune.examples import start
 from conftest import write_images
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "log.md")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )?advtune\s[^`]+)`")
 SHELL = ("", "bash", "sh", "console")
@@ -40,18 +44,6 @@ PROGRAMS = {
 }
 STANDS_FOR = {"DIR": "runs/capt", "OTHER": "runs/tecoa", "D": "fashion-mnist-mini", "METHOD": "tecoa"}
 CLASSES = ("ant", "bee", "cat", "dog")
-IMPORTS = """
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
-from torch import Tensor
-from advtune.attacks import *
-from advtune.data import Task
-from advtune.losses import cross_entropy, kl
-from advtune.options import option
-from advtune.recipe import Recipe
-from advtune.vlm import VLM, Batch
-"""
 
 
 @dataclass(frozen=True)
@@ -69,29 +61,61 @@ class Command:
 
 
 def commands_of(block, page, line):
-    """The commands of a block; none, when it does not begin with one. After `$ ` lines, what they print."""
+    """The commands of a block, which has nothing else. After `$ ` lines, what they print."""
     lines = block.replace("\\\n", "").splitlines()
-    if not lines or lines[0].removeprefix("$ ").split(" ")[0] not in PROGRAMS:
-        return
     prompts = lines[0].startswith("$ ")
     for i, text in enumerate(lines):
         if not text.strip() or (prompts and not text.startswith("$ ")):
             continue
         program = text.removeprefix("$ ").split(" ")[0]
-        assert program in PROGRAMS, f"{page}: {text}: say in PROGRAMS how to test {program}"
+        assert program in PROGRAMS, f"{page}: {text}: say in PROGRAMS how to test {program}, or call the block text"
         shown = [t for t in lines[i + 1 : i + 2] if prompts and not t.startswith("$ ")]
         yield Command(page, line + i, text.removeprefix("$ "), PROGRAMS[program], "".join(shown))
 
 
+def pages():
+    """The text of every page by name; a method's page without its code."""
+    spec = importlib.util.spec_from_file_location("made_pages", ROOT / "docs" / "pages.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    yield from ((str(path.relative_to(ROOT)), path.read_text()) for path in PAGES)
+    yield from ((f"site/{name}", made.method_page(name).partition("## Code")[0]) for name in made.registry())
+    yield "site/attacks", made.attacks_page()
+    notebook = made.notebook_pages(made.NOTEBOOK).values()
+    yield from (("site/notebook", text) for text in notebook if isinstance(text, str))
+
+
+def of_help():
+    """The commands and the study file that the command line shows."""
+    shown = {"": start([]) + examples.EPILOG}
+    shown |= {verb: each.epilog or "" for verb, each in arguments.build().verbs().items()}
+    for verb, text in shown.items():
+        text = text.replace("\\\n", " ")
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.startswith("  advtune "):
+                yield Command(f"advtune {verb} --help", number, line.strip(), "run")
+        if file := text.partition("flags lie over what it says:\n")[2]:
+            yield Command(f"advtune {verb} --help", 1, textwrap.dedent(file), "toml")
+    yield from (Command(f"advtune {verb}", 1, text, "run") for verb, text in examples.EXAMPLES.items())
+
+
 def found():
-    for path in PAGES:
-        text, page = path.read_text(), str(path.relative_to(ROOT))
+    seen = set()
+    for each in (*of_pages(), *of_help()):  # what stands on a page need not be run again for --help
+        text = " ".join(each.text.split())
+        if each.page.endswith(".md") or text not in seen:
+            yield each
+        seen.add(text)
+
+
+def of_pages():
+    for page, text in pages():
         for match in FENCE.finditer(text):
             kind, block = match.groups()
             line = text.count("\n", 0, match.start()) + 2
             if kind in SHELL:
                 yield from commands_of(block, page, line)
-            else:
+            elif page != "site/notebook":  # its cells are run in test_docs_site.py
                 assert kind in ("python", "toml", "text", "json"), f"{page}:{line}: nothing tests blocks of {kind}"
                 yield Command(page, line, block, kind)
         blanked = FENCE.sub(lambda m: "\n" * m.group().count("\n"), text)
@@ -222,9 +246,7 @@ def exit_status(given):
 
 @of("python")
 def test_block_of_code(command, world):
-    scope = {"__name__": "block"}
-    if "import" not in command.text:  # a method to be written: it joins the others, and tunes
-        exec(IMPORTS, scope)
+    scope = {"__name__": "block"}  # a class in it is a method: it joins the others, and tunes
     exec(compile(command.text, str(command), "exec"), scope)
     for name, kind in list(scope.items()):
         if isinstance(kind, type) and kind.__module__ == "block":
@@ -255,9 +277,17 @@ def test_named_in_the_prose(command):
     if not given or given[0] in ("VERB", "--help", "--version"):
         return
     assert given[0] in verbs
+    verb = verbs[given[0]]
     for flag in given[1:]:
         if flag.startswith("--"):
-            assert flag == "--help" or verbs[given[0]].has(flag), flag
+            assert flag == "--help" or verb.has(flag), flag
+    for action in verb.arguments:
+        words = {w for flag, w in pairwise(given) if flag in action.option_strings}
+        words |= set(given[1:2]) if action.dest == "what" else set()
+        assert not action.choices or words <= set(action.choices), words
+    for flag, word in pairwise(given):
+        if flag in ("-a", "-o"):
+            assert word.partition("=")[0] in verb.fields()[flag], word
     following = {flag: word for flag, word in pairwise(given) if flag.startswith("-")}
     assert following.get("--attack", "D") in {*ATTACKS, *TRAINING, "none", "D", "NAME"}
     data = following.get("--data", "D")
@@ -297,8 +327,10 @@ def test_links_lead_somewhere(page):
 
 def test_nothing_is_left_out():
     """The pages are read: as many lines that begin with advtune stand in them as there are commands of it."""
-    lines = [line for page in PAGES for line in re.findall(r"^(?:\$ )?advtune .*", page.read_text(), re.MULTILINE)]
-    run = [command for command in FOUND if command.how == "run" and command.text.startswith("advtune")]
+    begin = re.compile(r"^(?:\$ )?advtune (?!\S+:).*", re.MULTILINE)
+    lines = [line for page in PAGES for line in begin.findall(page.read_text())]
+    run = [each for each in FOUND if each.how == "run" and each.page.endswith(".md")]
+    run = [each for each in run if each.text.startswith("advtune")]
     prose = [line for line in lines if "`" in line]
     assert len(run) == len(lines) - len(prose)
     assert len(run) >= 35

@@ -37,7 +37,8 @@ def test_a_method_has_its_page(pages, name):
     assert pages.source_of(kind) in page
     assert f"class {kind.__name__}:" in page
     assert ("advtune train" in page) == (name != "zero-shot")
-    assert f"[`{name}`]({name}.md)" in pages.methods_page()
+    (row,) = [line for line in pages.methods_page().splitlines() if f"[`{name}`]({name}.md)" in line]
+    assert row.endswith(". |")  # whole sentences
 
 
 def test_tables_hold_their_columns(pages):
@@ -65,6 +66,9 @@ def test_the_api_names_exist(pages):
             for part in name.split("."):
                 thing = getattr(thing, part, None) or importlib.import_module(f"{thing.__name__}.{part}")
             assert thing.__doc__, name
+    page = pages.api_page(*pages.API["attacks"])
+    assert "      members: []\n\n| option | default | what it is |" in page.partition("::: advtune.attacks.PGD")[2]
+    assert "| `eps` | `1/255` |" in page and "| `restarts` | `1` |" in page
     listed = set(pages.API["python"][2].split())
     assert listed == set(advtune.__all__) - {"METHODS", "ATTACKS", "__version__"}
 
@@ -86,6 +90,29 @@ def test_what_asks_another_machine_is_seen(pages):
         assert pages.REQUEST.search(text), text
     for text in ('<a href="https://arxiv.org/abs/1">x</a>', '<script src="assets/x.js"></script>', "url(data:x)"):
         assert not pages.REQUEST.search(text), text
+
+
+def test_the_numbers_in_readme_and_reading_are_those_of_the_rows():
+    from advtune.report import render
+    from advtune.results import read
+
+    rows = read(ROOT / "docs" / "results" / "demo.jsonl")
+    readme, reading = (ROOT / "README.md").read_text(), (ROOT / "docs" / "reading.md").read_text()
+    lines = [line for line in render(rows, "markdown").splitlines() if line.startswith("|")]
+    assert len(lines) == 7
+    assert all(line in readme for line in lines)
+    for line in reading.splitlines()[2:3]:
+        clean, robust = re.findall(r"[\d.]+ % \\\[[\d., ]+\\\]", line)
+        assert f"| {clean.replace(' %', '')} | {robust.replace(' %', '')} |" in readme
+
+
+def test_json_of_every_verb_is_described():
+    from advtune.arguments import build
+
+    page = (ROOT / "docs" / "terminal.md").read_text().partition("## For programs")[2].partition("##")[0]
+    for name, verb in build().verbs().items():
+        row = re.search(rf"^\|.*`{name}`.*\|", page, re.MULTILINE)
+        assert bool(row) == verb.has("--json"), name
 
 
 def test_the_contents_name_every_page():

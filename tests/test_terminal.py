@@ -17,7 +17,6 @@ from advtune.cli import VERBS, main
 from advtune.comparison import compare
 from advtune.comparison import render as words
 from advtune.errors import near, suggest
-from advtune.examples import START
 from advtune.listing import listing
 from advtune.parsing import parse
 from advtune.report import render
@@ -228,13 +227,53 @@ def test_a_study_of_which_nothing_came_prints_no_line(clip_folder, tmp_path, cap
 def test_nothing_but_the_name_shows_how_to_begin(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert text.splitlines()[0].endswith("evaluation that can be believed.")
-    assert f"verbs: {', '.join(VERBS)}\n" in text
-    commands = re.findall(r"^  (advtune .*?)(?:  |$)", text, flags=re.MULTILINE)
+    assert "evaluation that can be believed." in " ".join(text.split())
+    assert f"verbs: {', '.join(VERBS)} what" in " ".join(text.split())
+    commands = re.findall(r"^  (advtune .*)$", text.replace("\\\n", ""), flags=re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
         assert parse(build(), shlex.split(command)[1:]).verb in VERBS
-    assert max(map(len, START.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) < 80
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_a_terminal_of_80_columns(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = (build().verbs()[verb] if verb else build()).format_help()
+    assert [line for line in text.splitlines() if len(line) > 79] == []
+    assert "advtune" in text.partition("options:")[2] or verb in ("serve", "demo")  # which run as they are
+
+
+MISSING = {
+    "train": "missing: METHOD, --out, --data; for example: advtune train capt --data",
+    "evaluate": "missing: DIR|METHOD, --data; for example: advtune evaluate runs/capt --data",
+    "audit": "missing: --data; for example: advtune audit --backbone mini",
+    "study": "missing: PROTOCOL|FILE; for example: advtune study few-shot",
+    "report": "report: name run folders",
+    "compare": "missing: DIR, DIR; for example: advtune compare",
+    "predict": "missing: DIR|B, IMAGE; for example: advtune predict",
+    "export": "missing: DIR|B, --to, --out; for example: advtune export",
+    "list": "missing: one of methods, attacks, data, backbones; for example: advtune list methods",
+    "completion": "missing: one of bash, zsh, fish; for example: advtune completion bash",
+}
+
+
+@pytest.mark.parametrize("verb", MISSING)
+def test_a_verb_alone_is_answered_with_a_command_to_copy(verb, capsys):
+    try:
+        code = main([verb])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    (line,) = printed.err.splitlines()
+    assert MISSING[verb] in line
+    example = re.search(r"for example: (advtune .*); see: ", line)
+    assert verb == "report" or parse(build(), shlex.split(example[1])[1:]).verb == verb
+
+
+def test_every_verb_that_takes_something_is_in_that_table():
+    assert set(MISSING) == set(VERBS) - {"serve", "demo"}
 
 
 OUT = ["--data", "fashion-mnist-mini", "--out", "OUT"]
@@ -243,6 +282,13 @@ MISSPELT = {
     "flag": (["train", "capt", "--dta", "x"], "no option --dta; did you mean --data? see: advtune train --help"),
     "flag with its value": (["report", "--fromat=csv"], "no option --fromat; did you mean --format?"),
     "flag like no other": (["report", "--zzz"], "no option --zzz; see: advtune report --help"),
+    "a field of the recipe": (["train", "capt", "--lr", "1", *OUT], "no option --lr; write -o lr=VALUE; see"),
+    "a field with a dash": (["train", "capt", "--batch-size=4", *OUT], "no option --batch-size; write -o batch_size="),
+    "a field of the attack": (["train", "capt", "--eps", "1", *OUT], "no option --eps; write -a eps=1/255; see"),
+    "the attack's name": (["train", "capt", "--attack", "free", *OUT], "no option --attack; write -a name=VALUE; see"),
+    "a field in testing": (["evaluate", "zero-shot", "--steps", "1"], "no option --steps; write -a steps=VALUE; see"),
+    "option before the verb": (["--josn", "list"], "no option --josn before the verb; write advtune VERB --josn"),
+    "too much": (["list", "data", "more"], "advtune list: error: nothing takes more; see: advtune list --help"),
     "choice": (["report", "--format", "markdwn"], "--format: unknown 'markdwn'; did you mean markdown?"),
     "what to list": (["list", "method"], "unknown 'method'; did you mean methods?"),
     "shell": (["completion", "bsh"], "unknown 'bsh'; did you mean bash?"),
@@ -255,6 +301,9 @@ MISSPELT = {
     "attack's option": (["evaluate", "zero-shot", *OUT, "--attack", "pgd", "-a", "step=3"], "did you mean steps?"),
     "defence": (["evaluate", "zero-shot", *OUT, "--defence", "jpg"], "unknown defence 'jpg'; did you mean jpeg?"),
     "data": (["train", "capt", "--data", "fashion_mnist_mni", "--out", "OUT"], "did you mean fashion-mnist-mini"),
+    "form of data": (["train", "capt", "--data", "flder:x", "--out", "OUT"], "did you mean folder:x"),
+    "backbone": (["train", "capt", "--backbone", "minni", *OUT], "(embedded: mini); did you mean mini?"),
+    "methods": (["study", "few-shot"], "few-shot: the methods are missing; write --methods zero-shot tecoa"),
     "paper": (["report", "--against", "fpa"], "no published numbers of 'fpa'; did you mean fap?"),
     "protocol": (["study", "fewshot", "--methods", "tecoa"], "did you mean few-shot?"),
     "zero-shot": (["evaluate", "zeroshot", "--data", "fashion-mnist-mini"], "did you mean zero-shot?"),
@@ -281,6 +330,21 @@ def test_a_run_folder_is_suggested(tmp_path, capsys):
         (tmp_path / "tecoa" / name).touch()
     assert main(["evaluate", str(tmp_path / "tecao"), "--data", "fashion-mnist-mini"]) == 2
     assert f"did you mean {tmp_path / 'tecoa'}?" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "tecao")]) == 2
+    assert f"tecao: there is no such folder; did you mean {tmp_path / 'tecoa'}?" in capsys.readouterr().err
+
+
+def test_a_backbone_of_the_hub_is_suggested(monkeypatch, capsys):
+    import huggingface_hub
+
+    def offline(name, **_):
+        raise OSError("not there")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    for name, hint in (("bas", "did you mean openai/clip-vit-base-patch32?"), ("base", "give a local folder")):
+        backbone = f"openai/clip-vit-{name}-patch32"
+        assert main(["evaluate", "zero-shot", "--data", "fashion-mnist-mini", "--backbone", backbone]) == 2
+        assert f"{backbone}' cannot be downloaded (not there); {hint}" in capsys.readouterr().err
 
 
 def test_hints():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 import advtune
 from advtune.engines import flags
-from advtune.examples import AUDIT, COMPLETION, DESCRIPTION, EPILOG, STUDY
+from advtune.examples import AUDIT, COMPLETION, DESCRIPTION, EPILOG, EXAMPLES, EXPORT, STUDY
 from advtune.parsing import Parser
 
 DATA_HELP = "a name from `advtune list data`, folder:PATH, parquet:PATH, csv:PATH or hf:OWNER/NAME[:CONFIG]"
@@ -19,12 +20,7 @@ BACKBONE_HELP = (
 
 def build() -> Parser:
     """The parser; `args.verb` names the verb."""
-    parser = Parser(
-        prog="advtune",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="advtune", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"advtune {advtune.__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _train(verbs)
@@ -39,6 +35,12 @@ def build() -> Parser:
     _list(verbs)
     _demo(verbs)
     _completion(verbs)
+    for name, each in parser.verbs().items():
+        each.example = EXAMPLES.get(name, "")
+        if each.example and not each.epilog:
+            each.epilog = "for example:\n  " + " \\\n      ".join(
+                textwrap.wrap(each.example, 70, break_on_hyphens=False)
+            )
     return parser
 
 
@@ -86,11 +88,10 @@ def _audit(verbs: Any) -> None:
         "audit",
         help="how robust is this model? one page; --fix: before and after",
         description="Measure a model and write FOLDER/audit.html: a verdict, clean accuracy, PGD-20 at eps 0 to 8/255, "
-        "AutoAttack\nat one eps with its checks, the classes that fall first, pictures, what to do next. With --fix it "
-        "tunes, too, and\nshows before and after. What FOLDER has of the same settings is used; what was interrupted "
+        "AutoAttack at one eps with its checks, the classes that fall first, pictures, what to do next. With --fix it "
+        "tunes, too, and shows before and after. What FOLDER has of the same settings is used; what was interrupted "
         "goes on.",
         epilog=AUDIT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--out", default="runs/audit", metavar="FOLDER", help="folder to write (default runs/audit)")
     p.add_argument("--eps", default="1/255", metavar="N/255", help="the change to withstand (default 1/255)")
@@ -111,11 +112,10 @@ def _study(verbs: Any) -> None:
     p = verbs.add_parser(
         "study",
         help="a protocol of runs: methods, sets, shots, seeds; resumable",
-        description="Tune and evaluate every method on every set, with every number of shots and seed, as a protocol\n"
-        "says. What is done is skipped, what was interrupted goes on, what fails is reported and does not\n"
+        description="Tune and evaluate every method on every set, with every number of shots and seed, as a protocol "
+        "says. What is done is skipped, what was interrupted goes on, what fails is reported and does not "
         "stop the rest.",
         epilog=STUDY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("study", metavar="PROTOCOL|FILE", help="few-shot, base-to-new, cross-dataset, domain-shift, "
                    "transfer, eps-curve; or a study file (.toml)")  # fmt: skip
@@ -233,9 +233,7 @@ def _export(verbs: Any) -> None:
         "export",
         help="a folder for transformers, ONNX or the hub, with a model card",
         description="Write what was tuned in a form that others load, with a model card.",
-        epilog="huggingface: CLIPModel.from_pretrained loads it (tuned towers); onnx: a classifier of fixed classes;\n"
-        "prompts: the learned prompts alone, kilobytes, to lay on the same backbone.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXPORT,
     )
     _model(p)
     p.add_argument("--to", required=True, choices=("huggingface", "onnx", "prompts"), help="see below")
@@ -273,7 +271,7 @@ def _serve(verbs: Any) -> None:
 
 def _list(verbs: Any) -> None:
     p = verbs.add_parser("list", help="what there is: methods, attacks, data, backbones", description="What there is.")
-    p.add_argument("what", choices=("methods", "attacks", "data", "backbones"))
+    p.add_argument("what", choices=("methods", "attacks", "data", "backbones"), help="what to show")
     p.add_argument("--json", action="store_true", help="print all that is known of them as JSON")
     p.set_defaults(verb="list")
 
@@ -296,7 +294,6 @@ def _completion(verbs: Any) -> None:
         help="the script that completes commands in your shell",
         description="Print a script that completes verbs, options and names. Load it in each new shell:",
         epilog=COMPLETION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("shell", choices=("bash", "zsh", "fish"))
+    p.add_argument("shell", choices=("bash", "zsh", "fish"), help="yours")
     p.set_defaults(verb="completion")

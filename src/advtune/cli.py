@@ -17,7 +17,7 @@ from advtune import distributed
 from advtune.arguments import build
 from advtune.ending import ended
 from advtune.errors import UserError, near, suggest
-from advtune.examples import START
+from advtune.examples import start
 from advtune.parsing import parse
 from advtune.untrusted import visible
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on stderr) or a full disk, 130 when interrupted, 143 at SIGTERM. Without a verb it says how to begin."""
     given, parser = sys.argv[1:] if arguments is None else list(arguments), build()
     if not given:
-        print(START.format(", ".join(parser.verbs())), end="")
+        print(start(parser.verbs()), end="")
         return 0
     args = parse(parser, given)
     warnings.showwarning = _show_warning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from fractions import Fraction
 from typing import Any
 
@@ -27,13 +28,18 @@ def listing(what: str) -> list[dict[str, Any]]:
     return {"methods": _methods, "attacks": _attacks, "data": _data, "backbones": _backbones}[what]()
 
 
+def _about(thing: Any) -> str:
+    """The first paragraph of its docstring, on one line."""
+    return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+
+
 def _methods() -> list[dict[str, Any]]:
     from advtune.methods import METHODS
 
     return [
         {
             "name": name,
-            "about": (kind.__doc__ or "").strip().splitlines()[0],
+            "about": _about(kind),
             "paper": kind.paper,
             "trains": kind.trains,
             "presets": {name: dict(fields) for name, fields in getattr(kind, "presets", {}).items()},
@@ -48,10 +54,7 @@ def _methods() -> list[dict[str, Any]]:
 def _attacks() -> list[dict[str, Any]]:
     from advtune.attacks import ATTACKS
 
-    return [
-        {"name": name, "about": (attack.__doc__ or "").strip().splitlines()[0], "options": describe(attack)}
-        for name, attack in ATTACKS.items()
-    ]
+    return [{"name": name, "about": _about(attack), "options": describe(attack)} for name, attack in ATTACKS.items()]
 
 
 def _data() -> list[dict[str, Any]]:
@@ -76,7 +79,7 @@ def training() -> list[dict[str, Any]]:
     from advtune.attacks import ATTACKS, TRAINING
 
     return [
-        {"name": name, "about": (kind.__doc__ or "").strip().splitlines()[0], "options": describe(kind)}
+        {"name": name, "about": _about(kind), "options": describe(kind)}
         for name, kind in TRAINING.items()
         if name not in ATTACKS
     ]

@@ -10,11 +10,12 @@ import torch
 
 from advtune.clip import CLIP
 from advtune.configuration import table_of
-from advtune.errors import UserError
+from advtune.errors import UserError, suggest
 from advtune.formats import read
 from advtune.formats.overlay import lay
 from advtune.formats.spec import HUB, at_side, parse
 from advtune.huggingface import fill
+from advtune.listing import HUB_BACKBONES
 from advtune.tokenizer import Tokenizer
 from advtune.untrusted import HUB_ID, expanded, is_there, visible
 
@@ -86,10 +87,10 @@ def locate(name: str) -> Path:
     if name.startswith(HUB) and HUB_ID.fullmatch(name.removeprefix(HUB)):
         return download(name.removeprefix(HUB), tuple(reversed(KINDS)))
     if not HUB_ID.fullmatch(name):
-        known = ", ".join(EMBEDDED)
+        known, hint = ", ".join(EMBEDDED), suggest(name, [*EMBEDDED, *HUB_BACKBONES])
         raise UserError(
             f"backbone {name[:200]!r}: no such folder, and not a hub id such as openai/clip-vit-base-patch32 "
-            f"(embedded: {known})"
+            f"(embedded: {known}); {hint}".rstrip("; ")
         )
     return download(name)
 
@@ -104,8 +105,10 @@ def download(repo: str, kinds: tuple[tuple[str, ...], ...] = KINDS) -> Path:
             if list(folder.glob(pattern)):
                 break
     except Exception as error:  # the hub client raises many kinds; all mean that it cannot be had
+        hint = "" if repo in HUB_BACKBONES else suggest(repo, HUB_BACKBONES)
         raise UserError(
-            f"backbone {repo!r} cannot be downloaded ({reason(error)}); give a local folder in the same format"
+            f"backbone {repo!r} cannot be downloaded ({reason(error)}); "
+            f"{hint or 'give a local folder in the same format'}"
         ) from error
     return folder
 

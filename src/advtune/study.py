@@ -193,6 +193,8 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
         (methods.setdefault(method, {}) if dot else options)[own or key] = value
     facts |= {"options": options, "method": {name: table for name, table in methods.items() if table}}
     attacks = flagged(flags, [dict(each) for each in facts.get("attacks", [])])
+    if "methods" not in facts:
+        raise UserError(f"{place}: the methods are missing; write --methods zero-shot tecoa")
     return from_facts(facts | ({"attacks": attacks} if attacks else {}), place)
 
 

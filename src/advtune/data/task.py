@@ -71,7 +71,8 @@ def load_task(
     elif spec in names():
         source, default = open_named(spec), entry(spec)["template"]
     else:
-        hint = suggest(spec, names(), 3) or f"known sets: {', '.join(names())};"
+        forms = [f"{each}:{where}" for each in OPENERS] if colon else []
+        hint = suggest(spec, [*names(), *forms], 3) or f"known sets: {', '.join(names())};"
         raise UserError(f"unknown set {spec!r}: {hint} otherwise give {FORMS}")
     if tuned and tuned.get("spec") == spec and tuned["source_classes"] == source.classes:
         words = tuned.get("all_classes", tuned["classes"])
