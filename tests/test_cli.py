@@ -415,7 +415,7 @@ def test_compare_without_a_pair_is_one_line(zero, run, base, tmp_path, capsys):
     line = failure(["compare", tmp_path / "zero", run], capsys)
     assert "nothing to compare: not the same attack" in line
     assert "pgd eps 2/255" in line and "pgd eps 4/255" in line
-    assert "nothing: there is no such folder" in failure(
+    assert "nothing: there is no such file or folder" in failure(
         ["compare", tmp_path / "zero", tmp_path / "zero" / "nothing"], capsys
     )
     assert "missing: DIR; for example" in failure(["compare", tmp_path / "zero"], capsys)

@@ -331,7 +331,7 @@ def test_a_run_folder_is_suggested(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "tecao"), "--data", "fashion-mnist-mini"]) == 2
     assert f"did you mean {tmp_path / 'tecoa'}?" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "tecao")]) == 2
-    assert f"tecao: there is no such folder; did you mean {tmp_path / 'tecoa'}?" in capsys.readouterr().err
+    assert f"tecao: there is no such file or folder; did you mean {tmp_path / 'tecoa'}?" in capsys.readouterr().err
 
 
 def test_a_backbone_of_the_hub_is_suggested(monkeypatch, capsys):
