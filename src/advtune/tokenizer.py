@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advtune.clip import ClipConfig
 from advtune.errors import UserError
-from advtune.untrusted import read_bytes, read_json, visible
+from advtune.untrusted import parse_json, read_bytes, read_json, visible
 
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 PLACEHOLDER = "x"  # stands where a learned prompt token will overwrite the embedding
@@ -67,7 +67,7 @@ def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
     if not file.is_file() and not all(each.is_file() for each in pair):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     try:
-        encoder = Encoder.from_buffer(read_bytes(file)) if file.is_file() else _from_pair(*pair)
+        encoder = _from_file(file) if file.is_file() else _from_pair(*pair)
         encoder.no_padding()
         encoder.no_truncation()
         found = Tokenizer(encoder, config.start_token, config.end_token, config.context)
@@ -81,6 +81,13 @@ def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
     if ids > config.vocabulary:
         raise UserError(f"{folder}: the tokenizer has {ids} ids, the model only {config.vocabulary}")
     return found
+
+
+def _from_file(file: Path) -> Encoder:
+    data = read_bytes(file)
+    if parse_json(data)["model"].get("continuing_subword_prefix"):  # CLIP has none, and the library panics over some
+        raise ValueError("pieces with a prefix")
+    return Encoder.from_buffer(data)
 
 
 def _from_pair(vocabulary: Path, merges: Path) -> Encoder:
