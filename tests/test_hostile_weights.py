@@ -198,6 +198,13 @@ def test_an_index_that_leaves_the_folder_is_refused(folder, name, monkeypatch):
     assert "\x1b" not in fails(folder, "not a .safetensors file beside it|but missing|has no weight_map")
 
 
+def test_an_index_cannot_name_a_good_file_elsewhere(folder, tmp_path):
+    (folder / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"logit_scale": name}}))
+        fails(folder, "not a .safetensors file beside it")
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{", '{"weight_map": {}}']
 )
@@ -210,7 +217,7 @@ def test_an_index_that_says_nothing(folder, text):
 # configuration
 
 
-HUGE = (10**9, 10**30, -1, 0, 1.5, True, "32", [32], None, {}, float("nan"), float("inf"))
+HUGE = (10**9, 1 << 20, 10**30, -1, 0, 1.5, True, "32", [32], None, {}, float("nan"), float("inf"))
 NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -325,7 +332,8 @@ def test_preprocessing_that_is_read():
     "text",
     ["", "{", "[]", "null", "{}", '{"model": 3}', "[" * 100_000, '{"version": "1.0", "model": {"type": "BPE"}}',
      '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
-     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "\xff\xfe"],
+     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "\xff\xfe",
+     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "#"}}'],
     ids=lambda text: text[:60],
 )  # fmt: skip
 def test_a_tokenizer_that_is_none(folder, text):

@@ -124,9 +124,9 @@ def _resize(size: Any) -> Any:
 def _crop(size: Any) -> Any:
     if isinstance(size, int):
         return size
-    if not isinstance(size, Mapping) or size.get("height") != size.get("width"):
+    if not isinstance(size, Mapping) or "height" not in size or size["height"] != size.get("width"):
         raise UserError(f"preprocessor_config.json: crop_size {size!r:.60} is not square")
-    return size.get("height")
+    return size["height"]
 
 
 def _is_side(value: Any) -> bool:

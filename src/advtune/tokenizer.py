@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advtune.clip import ClipConfig
 from advtune.errors import UserError
-from advtune.untrusted import TEXT_BYTES, read_bytes, read_json, visible
+from advtune.untrusted import TEXT_BYTES, parse_json, read_bytes, read_json, visible
 
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 OPENAI = "bpe_simple_vocab_16e6.txt.gz"
@@ -115,7 +115,7 @@ def load_encoder(folder: Path) -> Encoder:
         if what == packed:
             encoder = _from_openai(packed)
         else:
-            encoder = Encoder.from_buffer(read_bytes(file)) if what == file else _from_pair(*pair)
+            encoder = _from_file(file) if what == file else _from_pair(*pair)
         encoder.no_padding()
         encoder.no_truncation()
         encoder.encode("a photo", add_special_tokens=False)  # some damage shows only now
@@ -149,6 +149,13 @@ def bytes_to_letters() -> dict[int, str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _from_file(file: Path) -> Encoder:
+    data = read_bytes(file)
+    if parse_json(data)["model"].get("continuing_subword_prefix"):  # CLIP has none, and the library panics over some
+        raise ValueError("pieces with a prefix")
+    return Encoder.from_buffer(data)
 
 
 def _from_pair(vocabulary: Path, merges: Path) -> Encoder:

@@ -56,7 +56,7 @@ def expanded(name: str | Path) -> Path:
     """The path, with ~ for the home of a user that there is."""
     try:
         return Path(name).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # no such user, or no name of one
         return Path(name)
 
 
