@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from advtune import runs
@@ -27,6 +29,7 @@ from advtune.progress import track
 from advtune.vlm import VLM
 
 Picture: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Tensor
+NARROW = 200  # longer side by shorter: scaled to the model's side, such a picture takes gigabytes
 KINDS = "a path, bytes, a PIL image, a numpy uint8 array [H, W(, 3)] or a float tensor [3, H, W] in [0, 1]"
 
 
@@ -99,8 +102,10 @@ class Classifier:
             return pixels(image, self.model.side)
         except UserError as error:
             return UserError(f"{name}: {error}")
+        except UnidentifiedImageError:
+            return UserError(f"{name}: not a readable image; give another file")
         except OSError as error:
-            return UserError(f"{name}: {error.strerror or 'not a readable image'}; give another file")
+            return UserError(f"{name}: {error.strerror or f'not a readable image ({error})'}; give another file")
         except Exception as error:  # Pillow raises nearly anything on hostile bytes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             return UserError(f"{name}: not a readable image ({reason}); give another file")
@@ -133,12 +138,14 @@ def words(model: VLM, classes: Words | None, template: str | None) -> tuple[tupl
 
 
 def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
-    """One image or several -> several."""
+    """One image or several -> several. What is neither comes back as one, for `pixels` to refuse."""
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, Tensor):
         return list(images) if images.dim() == 4 else [images]
-    return [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+    single = isinstance(images, str | Path | bytes | bytearray | memoryview | Mapping | Image.Image)
+    given: Any = images
+    return [given] if single or hasattr(given, "read") or not isinstance(given, Iterable) else given
 
 
 def pixels(image: Picture, side: int) -> Tensor:
@@ -149,14 +156,24 @@ def pixels(image: Picture, side: int) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
             raise UserError(f"an array of {image.dtype} {list(image.shape)} is not an image; give {KINDS}")
-        array = fit(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), side)
+        array = fit(wide(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)), side)
     elif isinstance(image, Image.Image):
-        array = fit(image, side)
+        array = fit(wide(image), side)
     elif isinstance(image, str | Path | bytes):
-        array = decode(image if isinstance(image, bytes) else Path(image).read_bytes(), side)
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        with Image.open(io.BytesIO(data)) as opened:
+            wide(opened)
+        array = decode(data, side)
     else:
         raise UserError(f"{type(image).__name__} is not an image; give {KINDS}")
     return torch.from_numpy(array.copy()).float() / 255
+
+
+def wide(image: Image.Image) -> Image.Image:
+    """The picture. Raises UserError for one that is too narrow to be scaled, or has no pixels."""
+    if not 0 < max(image.size) <= NARROW * min(image.size):
+        raise UserError(f"{image.width} by {image.height} pixels are too narrow; cut it nearer to a square")
+    return image
 
 
 def checked(x: Tensor) -> Tensor:
@@ -170,20 +187,29 @@ def checked(x: Tensor) -> Tensor:
 
 
 def find(paths: Sequence[str]) -> list[Path]:
-    """Image files: those named, and all below the folders named, in the order of their names. Raises UserError for a
-    path that is not there and a folder without images."""
+    """Image files: those named, and all below the folders named, in the order of their names; what is hidden is left
+    out, and what has another suffix with a warning. Raises UserError for a path that is not there and a folder without
+    images."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files = sorted(p for p in path.rglob("[!.]*") if p.is_file() and not hidden(p.relative_to(path)))
+            inside = [p for p in files if p.suffix.lower() in SUFFIXES]
             if not inside:
                 raise UserError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+            if others := sorted({p.suffix or "none" for p in files} - {p.suffix for p in inside}):
+                count, kinds = len(files) - len(inside), ", ".join(others)
+                warnings.warn(f"{path}: files left out: {count}, by their suffix ({kinds})", stacklevel=2)
             found += inside
         elif path.exists():
             found.append(path)
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return found
+
+
+def hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def table(classifier: Classifier, files: Sequence[Path], top: int = 5, show: bool = True) -> Iterator[dict[str, Any]]:
@@ -200,7 +226,7 @@ def write_csv(records: Iterable[dict[str, Any]], file: Path, top: int) -> Iterat
     """Pass the records on and write them to a file, which is there when all are: path, label, probability, label_2,
     probability_2, ..., error."""
     columns = [f"{name}_{k}" if k > 1 else name for k in range(1, top + 1) for name in ("label", "probability")]
-    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["path", *columns, "error"])
         for record in records:
@@ -217,6 +243,8 @@ def run(
     images that could not be read, each with a line on stderr."""
     if top < 1:
         raise UserError(f"--top {top}: at least 1 class is needed")
+    if csv_file and Path(csv_file).is_dir():
+        raise UserError(f"--csv {csv_file}: this is a folder; name a file")
     top = min(top, len(classifier.classes))
     records: Iterable[dict[str, Any]] = table(classifier, files, top, show=csv_file is not None)
     records = write_csv(records, Path(csv_file), top) if csv_file else records
@@ -224,7 +252,7 @@ def run(
     for record in records:
         if "error" in record:
             bad += 1
-            print(f"advtune: {record['error']}", file=sys.stderr)
+            print(f"advtune: {shown(record['error'])}", file=sys.stderr)
         if as_json or ("error" not in record and not csv_file):
             print(line(record, as_json))
     if csv_file and not as_json:
@@ -232,9 +260,14 @@ def run(
     return bad
 
 
+def shown(text: str) -> str:
+    """As it is, or with escapes where it would break the line or the terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def line(record: dict[str, Any], as_json: bool) -> str:
     """A record as a line for a person or for a program."""
     if as_json:
         return json.dumps(record)
     first, *others = (f"{each['label']} {100 * each['probability']:.1f} %" for each in record["top"])
-    return f"{record['path']}: {first}" + (f" ({', '.join(others)})" if others else "")
+    return f"{shown(record['path'])}: {first}" + (f" ({', '.join(others)})" if others else "")

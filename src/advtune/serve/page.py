@@ -39,6 +39,24 @@ SHOW = """() => {
 }"""  # on a phone the answer is below
 
 
+class Slider(gr.Slider):
+    """A slider that lets every number through: what is beyond gets our sentence, not Gradio's error."""
+
+    is_template = True  # the browser's part is the plain slider's
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+
+
+class Dropdown(gr.Dropdown):
+    """A choice that is ours to check, as `Slider`: another may be on the page than when the question was sent."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+
+
 def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: float = 1) -> gr.Blocks:
     """The page over these models, words and pictures; picture `start` and eps (in 255ths) are there to begin with."""
     first = shown[start]
@@ -50,16 +68,16 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
                 preview, gallery, upload = _picture(shown)
                 with gr.Group():
                     names = gr.Textbox(words(task), label="Class names, with commas between them", lines=2, max_lines=5)
-                    attack = gr.Dropdown([(o.title, key) for key, o in OFFERS.items()], value=FIRST, label="Attack")
-                    radius = gr.Slider(
+                    attack = Dropdown([(o.title, key) for key, o in OFFERS.items()], value=FIRST, label="Attack")
+                    radius = Slider(
                         0, EPS, eps, step=0.5, label="eps: a pixel may change by so many 255ths", buttons=[],
                         elem_id="eps",
                     )  # fmt: skip
                     budget = _budget(OFFERS[FIRST])
-                    tuned = gr.Dropdown(list(shelf.tuned), label="Tuned model", visible=len(shelf.tuned) > 1)
+                    tuned = Dropdown(list(shelf.tuned), label="Tuned model", visible=len(shelf.tuned) > 1)
                 go = gr.Button("Attack", variant="primary", size="lg", elem_id="attack")
                 with gr.Accordion("More", open=False):
-                    away = gr.Dropdown([OWN, *task.classes], value=OWN, label="Lead away from")
+                    away = Dropdown([OWN, *task.classes], value=OWN, label="Lead away from")
                     template = gr.Textbox(
                         task.template, label="Text around a class name", max_length=TEMPLATE_LETTERS, max_lines=1
                     )
@@ -99,24 +117,23 @@ def _picture(shown: list[Example]) -> tuple[gr.HTML, gr.Gallery, gr.UploadButton
     return preview, gallery, gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id="upload")
 
 
-def _budget(offer: Offer) -> gr.Slider:
-    return gr.Slider(
+def _budget(offer: Offer) -> Slider:
+    return Slider(
         1, max(2, offer.most), offer.default, step=1, label=offer.field.capitalize(), visible=bool(offer.field),
         buttons=[],
     )  # fmt: skip
 
 
 def answered(
-    shelf: Shelf, picture: Example, names: str, attack: str, eps: float, budget: float, tuned: str | None, away: str,
-    template: str,
+    shelf: Shelf, picture: Example, names: str, attack: str, eps: float | None, budget: float | None,
+    tuned: str | None, away: str, template: str,
 ) -> str:  # fmt: skip
-    """What the models say of the picture before and after the attack, or a sentence that says what to mend."""
+    """What the models say of the picture before and after the attack, or a sentence that says what to mend. `away`
+    counts where it is among the names; else it goes back to OWN, as the page shows it (see `leads`)."""
     try:
         classes, template = read_classes(names), check_template(template)
         made = make_attack(attack, eps, budget)
-        if away != OWN and away not in classes:
-            raise UserError(f"“{away}” is led away from, but is not among the class names.")
-        target = None if away == OWN else classes.index(away)
+        target = classes.index(away) if away in classes else None
         answers = {
             title: play(model, read_picture(picture.data, model.side), classes, template, made, target)
             for title, model in shelf.pair(tuned).items()
@@ -126,9 +143,11 @@ def answered(
     return panels.render(answers, picture.label, attack)
 
 
-def received(shelf: Shelf, file: str, before: Example, *rest: Any) -> tuple[Example, str, str]:
+def received(shelf: Shelf, file: str | None, before: Example, *rest: Any) -> tuple[Example, str, str]:
     """The picture that was sent, how it is seen and what is said of it; the one before, if it cannot be read."""
     try:
+        if not file:
+            raise UserError("No file came; choose a picture.")
         sent = Example(Path(file).read_bytes(), "")
         preview = seen(sent, shelf)
     except (UserError, OSError) as error:
@@ -142,13 +161,13 @@ def seen(picture: Example, shelf: Shelf) -> str:
     return panels.chosen(to_png(255 * read_picture(picture.data, model.side)), picture.label)
 
 
-def leads(names: str, before: str) -> gr.Dropdown:
+def leads(names: str, before: str) -> Dropdown:
     """What can be led away from, with these class names."""
     try:
         choices = [OWN, *read_classes(names)]
     except UserError:
         choices = [OWN]
-    return gr.Dropdown(choices, value=before if before in choices else OWN)
+    return Dropdown(choices, value=before if before in choices else OWN)
 
 
 def thumb(data: bytes) -> Image.Image:
