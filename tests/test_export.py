@@ -309,6 +309,34 @@ def test_a_card_without_numbers_and_rows_of_other_weights(tower, prompts, tmp_pa
     assert "Nothing was measured on this model" in card_of(tmp_path / "other")[1]
 
 
+def test_a_card_claims_no_accuracy_of_classes_that_were_not_measured(tower, tmp_path):
+    export(tower, "onnx", tmp_path / "same")
+    export(tower, "onnx", tmp_path / "other", classes="cat,dog")
+    (same, own), (other, body) = card_of(tmp_path / "same"), card_of(tmp_path / "other")
+    assert (len(same["model-index"][0]["results"][0]["metrics"]), "model-index" in other) == (2, False)
+    told = "Not all of this was measured with the class texts of this file"
+    assert (told in own, told in body) == (False, True)
+    assert "- Classes (3): blue, green, red\n" in body
+    assert "- In this export: template a photo of a {}., classes (2): cat, dog\n" in body
+    assert "In this export" not in own
+
+
+def test_a_card_calls_nothing_robust_that_was_not_defended(tower, prompts, clip_folder, image_folder, tmp_path):
+    clean = tuned("vpt", clip_folder, image_folder, tmp_path / "clean")
+    made = dict(tower="huggingface", prompts="onnx", clean="onnx", clip_folder="huggingface")
+    runs_of = dict(tower=tower, prompts=prompts, clean=clean, clip_folder=clip_folder)
+    bodies = {}
+    for name, to in made.items():
+        export(runs_of[name], to, tmp_path / name / "out")
+        bodies[name] = card_of(tmp_path / name / "out")[1]
+    assert "against the perturbations above" in bodies["tower"]
+    assert "against the perturbations that it was tuned with" in bodies["prompts"]  # nothing is above
+    for name in ("clean", "clip_folder"):
+        assert "It has no defence" in bodies[name]
+        assert "Robust means" not in bodies[name]
+        assert "must not change the answer" not in bodies[name]
+
+
 def test_findings_of_the_checks_are_in_the_card(tower, tmp_path):
     rows = (tower / "results.jsonl").read_text()
     row = json.loads(rows)
@@ -371,6 +399,11 @@ def test_the_program_in_the_card_runs(which, to, request, tmp_path, monkeypatch,
     best = Classifier(str(run), precision="fp32").predict("photo.jpg")[0]
     assert label == best.label
     if to == "onnx":
+        image = Image.open("photo.jpg").convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save("photo.jpg", "PNG")  # half transparent, whatever its name is
+        exec(program, names)
+        best = Classifier(str(run), precision="fp32").predict("photo.jpg")[0]
         logits = Classifier(str(run), precision="fp32").logits(torch.from_numpy(names["pixels"]))
         assert logits.softmax(1).max() == pytest.approx(best.probability, abs=1e-6)
 

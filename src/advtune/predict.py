@@ -144,8 +144,9 @@ def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
     if isinstance(images, Tensor):
         return list(images) if images.dim() == 4 else [images]
     single = isinstance(images, str | Path | bytes | bytearray | memoryview | Mapping | Image.Image)
+    several = isinstance(images, Iterable) and not single and not hasattr(images, "read")
     given: Any = images
-    return [given] if single or hasattr(given, "read") or not isinstance(given, Iterable) else given
+    return given if several else [given]
 
 
 def pixels(image: Picture, side: int) -> Tensor:
