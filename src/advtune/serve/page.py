@@ -39,53 +39,37 @@ SHOW = """() => {
 }"""  # on a phone the answer is below
 
 
-class Slider(gr.Slider):
-    """A slider that lets every number through: what is beyond gets our sentence, not Gradio's error."""
-
-    is_template = True  # the browser's part is the plain slider's
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
-
-
-class Dropdown(gr.Dropdown):
-    """A choice that is ours to check, as `Slider`: another may be on the page than when the question was sent."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
-
-
 def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: float = 1) -> gr.Blocks:
     """The page over these models, words and pictures; picture `start` and eps (in 255ths) are there to begin with."""
     first = shown[start]
     with gr.Blocks(title="advtune: fool the model", analytics_enabled=False) as page:
         gr.Markdown(INTRO)
-        picture = gr.State(first)
+        picture, refused = gr.State(first), gr.State("")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 preview, gallery, upload = _picture(shown)
                 with gr.Group():
                     names = gr.Textbox(words(task), label="Class names, with commas between them", lines=2, max_lines=5)
-                    attack = Dropdown([(o.title, key) for key, o in OFFERS.items()], value=FIRST, label="Attack")
-                    radius = Slider(
+                    attack = gr.Dropdown([(o.title, key) for key, o in OFFERS.items()], value=FIRST, label="Attack")
+                    radius = gr.Slider(
                         0, EPS, eps, step=0.5, label="eps: a pixel may change by so many 255ths", buttons=[],
                         elem_id="eps",
                     )  # fmt: skip
                     budget = _budget(OFFERS[FIRST])
-                    tuned = Dropdown(list(shelf.tuned), label="Tuned model", visible=len(shelf.tuned) > 1)
+                    tuned = gr.Dropdown(list(shelf.tuned), label="Tuned model", visible=len(shelf.tuned) > 1)
                 go = gr.Button("Attack", variant="primary", size="lg", elem_id="attack")
                 with gr.Accordion("More", open=False):
-                    away = Dropdown([OWN, *task.classes], value=OWN, label="Lead away from")
+                    away = gr.Dropdown([OWN, *task.classes], value=OWN, label="Lead away from")
                     template = gr.Textbox(
                         task.template, label="Text around a class name", max_length=TEMPLATE_LETTERS, max_lines=1
                     )
             with gr.Column(scale=5, min_width=320):
                 out = gr.HTML(panels.sentence(panels.TIP), elem_id="answer")
         asked = [picture, names, attack, radius, budget, tuned, away, template]
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-        loud: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        # What is sent comes as it is: what is out of bounds gets our sentence, not an error of Gradio's.
+        plain: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
+        quiet = plain | {"show_progress": "hidden", "queue": False}
+        loud = plain | {"concurrency_id": "model", "concurrency_limit": 1}
 
         def answer(*given: Any) -> str:
             return answered(shelf, *given)
@@ -93,13 +77,18 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
         def pick(event: gr.SelectData) -> tuple[Example, str]:
             return shown[event.index], seen(shown[event.index], shelf)
 
-        def receive(file: str, *given: Any) -> tuple[Example, str, str]:
-            return received(shelf, file, *given)
+        def receive(file: str | None, before: Example) -> tuple[Example, str, str]:
+            return received(shelf, file, before)
+
+        def answer_to(refusal: str, *given: Any) -> str:
+            return panels.sentence(refusal) if refusal else answered(shelf, *given)
 
         picked = gallery.select(pick, None, [picture, preview], **quiet)
         for done in (picked.then(answer, asked, out, **loud), go.click(answer, asked, out, **loud)):
             done.then(None, js=SHOW)
-        upload.upload(receive, [upload, *asked], [picture, preview, out], **loud)
+        # Here Gradio must look first: it holds that the path is of a file that was uploaded.
+        sent = upload.upload(receive, [upload, picture], [picture, preview, refused], api_visibility="private")
+        sent.then(answer_to, [refused, *asked], out, **loud)
         attack.change(lambda name: _budget(OFFERS[name]), attack, budget, **quiet)
         gr.on([names.blur, names.submit], leads, [names, away], away, **quiet)
         page.load(lambda: seen(first, shelf), None, preview, **quiet)
@@ -117,8 +106,8 @@ def _picture(shown: list[Example]) -> tuple[gr.HTML, gr.Gallery, gr.UploadButton
     return preview, gallery, gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id="upload")
 
 
-def _budget(offer: Offer) -> Slider:
-    return Slider(
+def _budget(offer: Offer) -> gr.Slider:
+    return gr.Slider(
         1, max(2, offer.most), offer.default, step=1, label=offer.field.capitalize(), visible=bool(offer.field),
         buttons=[],
     )  # fmt: skip
@@ -143,16 +132,15 @@ def answered(
     return panels.render(answers, picture.label, attack)
 
 
-def received(shelf: Shelf, file: str | None, before: Example, *rest: Any) -> tuple[Example, str, str]:
-    """The picture that was sent, how it is seen and what is said of it; the one before, if it cannot be read."""
+def received(shelf: Shelf, file: str | None, before: Example) -> tuple[Example, str, str]:
+    """The picture that was sent, how it is seen, and why it is refused: nothing, or a sentence with the one before."""
     try:
         if not file:
             raise UserError("No file came; choose a picture.")
         sent = Example(Path(file).read_bytes(), "")
-        preview = seen(sent, shelf)
+        return sent, seen(sent, shelf), ""
     except (UserError, OSError) as error:
-        return before, seen(before, shelf), panels.sentence(str(error))
-    return sent, preview, answered(shelf, sent, *rest)
+        return before, seen(before, shelf), str(error)
 
 
 def seen(picture: Example, shelf: Shelf) -> str:
@@ -161,13 +149,13 @@ def seen(picture: Example, shelf: Shelf) -> str:
     return panels.chosen(to_png(255 * read_picture(picture.data, model.side)), picture.label)
 
 
-def leads(names: str, before: str) -> Dropdown:
+def leads(names: str, before: str) -> gr.Dropdown:
     """What can be led away from, with these class names."""
     try:
         choices = [OWN, *read_classes(names)]
     except UserError:
         choices = [OWN]
-    return Dropdown(choices, value=before if before in choices else OWN)
+    return gr.Dropdown(choices, value=before if before in choices else OWN)
 
 
 def thumb(data: bytes) -> Image.Image:
