@@ -19,6 +19,7 @@ from advtune import Classifier, runs
 from advtune.cli import main
 from advtune.errors import UserError
 from advtune.export import export, graph
+from advtune.export.hub import STATUS
 from advtune.preprocess import Preprocess
 from advtune.prompts import Learned
 from conftest import write_clip, write_images
@@ -308,6 +309,34 @@ def test_a_card_without_numbers_and_rows_of_other_weights(tower, prompts, tmp_pa
     assert "Nothing was measured on this model" in card_of(tmp_path / "other")[1]
 
 
+def test_a_card_claims_no_accuracy_of_classes_that_were_not_measured(tower, tmp_path):
+    export(tower, "onnx", tmp_path / "same")
+    export(tower, "onnx", tmp_path / "other", classes="cat,dog")
+    (same, own), (other, body) = card_of(tmp_path / "same"), card_of(tmp_path / "other")
+    assert (len(same["model-index"][0]["results"][0]["metrics"]), "model-index" in other) == (2, False)
+    told = "Not all of this was measured with the class texts of this file"
+    assert (told in own, told in body) == (False, True)
+    assert "- Classes (3): blue, green, red\n" in body
+    assert "- In this export: template a photo of a {}., classes (2): cat, dog\n" in body
+    assert "In this export" not in own
+
+
+def test_a_card_calls_nothing_robust_that_was_not_defended(tower, prompts, clip_folder, image_folder, tmp_path):
+    clean = tuned("vpt", clip_folder, image_folder, tmp_path / "clean")
+    made = dict(tower="huggingface", prompts="onnx", clean="onnx", clip_folder="huggingface")
+    runs_of = dict(tower=tower, prompts=prompts, clean=clean, clip_folder=clip_folder)
+    bodies = {}
+    for name, to in made.items():
+        export(runs_of[name], to, tmp_path / name / "out")
+        bodies[name] = card_of(tmp_path / name / "out")[1]
+    assert "against the perturbations above" in bodies["tower"]
+    assert "against the perturbations that it was tuned with" in bodies["prompts"]  # nothing is above
+    for name in ("clean", "clip_folder"):
+        assert "It has no defence" in bodies[name]
+        assert "Robust means" not in bodies[name]
+        assert "must not change the answer" not in bodies[name]
+
+
 def test_findings_of_the_checks_are_in_the_card(tower, tmp_path):
     rows = (tower / "results.jsonl").read_text()
     row = json.loads(rows)
@@ -372,6 +401,11 @@ def test_the_program_in_the_card_runs(which, to, request, tmp_path, monkeypatch,
     best = Classifier(str(run), precision="fp32").predict("photo.jpg")[0]
     assert label == best.label
     if to == "onnx":
+        image = Image.open("photo.jpg").convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save("photo.jpg", "PNG")  # half transparent, whatever its name is
+        exec(program, names)
+        best = Classifier(str(run), precision="fp32").predict("photo.jpg")[0]
         logits = Classifier(str(run), precision="fp32").logits(torch.from_numpy(names["pixels"]))
         assert logits.softmax(1).max() == pytest.approx(best.probability, abs=1e-6)
 
@@ -425,20 +459,25 @@ class FakeHub(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.answer({"id": "me/it", "sha": "0" * 40, "siblings": []})
+        if self.server.refusal in STATUS:
+            self.answer({"error": "no"}, self.server.refusal)
+            return
+        self.answer({"id": "me/it", "sha": "0" * 40, "siblings": [], "private": self.server.private})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         hub = self.server
         hub.tokens.add(self.headers["Authorization"])
         here = f"http://127.0.0.1:{hub.server_port}/me/it"
-        if self.path == "/api/repos/create":
+        if hub.refusal:
+            self.answer({"error": "no"}, hub.refusal)
+        elif self.path == "/api/repos/create":
             hub.asked.append(json.loads(body))
             self.answer({"url": here})
+        elif "/preupload/" in self.path and hub.busy:
+            hub.busy -= 1
+            self.answer({"error": "busy"}, 503)
         elif "/preupload/" in self.path:
-            if hub.broken:
-                self.answer({"error": "the disk is full"}, 507)
-                return
             files = [
                 dict(path=each["path"], uploadMode="regular", shouldIgnore=False) for each in json.loads(body)["files"]
             ]
@@ -465,7 +504,7 @@ def fake_hub(monkeypatch, tmp_path):
     import huggingface_hub.constants as constants
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.files, server.asked, server.tokens, server.broken = {}, [], set(), False
+    server.files, server.asked, server.tokens, server.refusal, server.busy, server.private = {}, [], set(), 0, 0, None
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -489,19 +528,58 @@ def test_everything_arrives_at_the_hub(prompts, tmp_path, fake_hub, capsys):
     assert f"uploaded: http://127.0.0.1:{fake_hub.server_port}/me/it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("trouble", ["full", "away"])
-def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(prompts, tmp_path, fake_hub, capsys, trouble):
-    fake_hub.broken = True
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (401, "the hub refuses the token"),
+        (403, "the token may not write there"),
+        (404, "no such owner or repository"),
+        (507, "507"),
+        ("away", "http://127.0.0.1:PORT: [Errno "),
+    ],
+)
+def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(
+    prompts, tmp_path, fake_hub, capsys, trouble, words
+):
+    fake_hub.refusal = trouble
     if trouble == "away":
         fake_hub.shutdown()
         fake_hub.server_close()
     out = tmp_path / "out"
-    assert main(["export", str(prompts), "--to", "prompts", "--out", str(out), "--push", "me/it"]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert main(["export", str(prompts), "--to", "prompts", "--out", str(out), "--push", "me/it", "--private"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    words = words.replace("PORT", str(fake_hub.server_port))
     assert error.startswith(f"advtune: error: {out} is written, but not uploaded to me/it (")
-    assert error.endswith(f"try again: hf upload me/it {out}")
+    assert words in error
+    assert error.endswith(f"try again: hf upload me/it {out} --private"), "what is private stays private"
     assert load_file(out / "delta.safetensors").keys() == load_file(prompts / "delta.safetensors").keys()
     assert "## Licence" in (out / "README.md").read_text()
+
+
+def test_nothing_goes_to_a_public_place_when_it_is_to_be_private(prompts, tmp_path, fake_hub):
+    fake_hub.private = False  # the repository is there already
+    with pytest.raises(UserError, match="not uploaded to me/it, which is there and public"):
+        export(prompts, "prompts", tmp_path / "out", push="me/it", private=True)
+    assert not fake_hub.files
+    export(prompts, "prompts", tmp_path / "two", push="me/it")
+    assert "README.md" in fake_hub.files
+
+
+def test_a_busy_hub_is_asked_again_in_silence(prompts, tmp_path, fake_hub, monkeypatch):
+    import logging
+
+    lines, client = [], logging.getLogger("huggingface_hub")
+    listener = logging.Handler()
+    listener.emit = lambda record: lines.append(record.getMessage())
+    client.addHandler(listener)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    fake_hub.busy = 2
+    level = client.level
+    export(prompts, "prompts", tmp_path / "out", push="me/it")
+    client.removeHandler(listener)
+    assert "README.md" in fake_hub.files
+    assert (fake_hub.busy, lines) == (0, [])
+    assert client.level == level
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ def test_orientation_transparency_and_grey(classifier, picture):
         (torch.full((3, 4, 4), torch.nan), "are not in"),
         (torch.rand(1, 4, 4), r"\[1, 4, 4\] is not an image"),
         (7, "int is not an image"),
+        (io.BytesIO(b"junk"), "BytesIO is not an image; give a path"),
+        (np.zeros((2, 402, 3), np.uint8), "402 by 2 pixels are too narrow"),
+        (np.zeros((0, 5, 3), np.uint8), "5 by 0 pixels are too narrow"),
     ],
 )
 def test_a_bad_image_is_named(classifier, picture, bad, message):
@@ -136,6 +139,22 @@ def test_a_bad_image_is_named(classifier, picture, bad, message):
     assert "\n" not in str(caught.value)
     first, second, third = classifier.stream([picture, bad, picture])
     assert (first, type(second)) == (third, UserError)
+
+
+@pytest.mark.parametrize("bad", [None, 7, bytearray(b"junk"), io.BytesIO(b"junk"), {"a": "b.png"}])
+def test_what_is_neither_an_image_nor_several_is_refused(classifier, bad):
+    with pytest.raises(UserError, match=f"image 0: {type(bad).__name__} is not an image"):
+        classifier.predict(bad)
+
+
+def test_a_narrow_or_broken_picture_is_refused_with_the_reason(classifier, picture, tmp_path):
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "narrow.png")  # 480 000 pixels at side 16: gigabytes at 224
+    Image.fromarray(picture).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    narrow, half, whole = classifier.stream([tmp_path / name for name in ("narrow.png", "half.png", "whole.png")])
+    assert str(narrow) == f"{tmp_path / 'narrow.png'}: 1 by 30000 pixels are too narrow; cut it nearer to a square"
+    assert "half.png: not a readable image (image file is truncated" in str(half)
+    assert whole.label in COLOURS
 
 
 def test_batches_and_sizes_do_not_matter(vlm):
@@ -223,9 +242,27 @@ def test_lines_for_people_and_programs(tuned, capsys):
     assert capsys.readouterr().out == f"{paths[0]}: {first} ({', '.join(others)})\n"
 
 
+def test_names_that_are_hidden_odd_or_no_image(tuned, picture, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    for name in (".cache/a.png", "._b.png", "sub/c.PNG", "d\udcff.png", "e\nf.png", "g.heic", "notes"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / name, "PNG")
+    assert main(["predict", str(tuned[0]), str(folder), "--top", "1"]) == 0
+    printed = capsys.readouterr()
+    names = [text.rsplit(": ", 1)[0] for text in printed.out.splitlines()]
+    assert names == [f"{folder}/{name}" for name in ("d\\udcff.png", "e\\nf.png", "sub/c.PNG")]
+    assert printed.err == f"advtune: warning: {folder}: files left out: 2, by their suffix (.heic, none)\n"
+    assert main(["predict", str(tuned[0]), str(folder), "--csv", str(tmp_path / "a.csv")]) == 0
+    with (tmp_path / "a.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        assert [row["path"] for row in csv.DictReader(stream)] == [
+            f"{folder}/{name}" for name in ("d\udcff.png", "e\nf.png", "sub/c.PNG")
+        ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["RUN", "IMAGE", "--csv", "EMPTY"], "this is a folder; name a file"),
         (["RUN", "nowhere.png"], "nowhere.png: there is no such file or folder"),
         (["RUN", "EMPTY"], "no images in this folder"),
         (["mini", "IMAGE"], "mini was tuned on no classes; name them: --classes cat,dog or a JSON file"),

@@ -60,7 +60,7 @@ def test_a_picture_is_read_as_in_evaluation():
         (b"", "not a picture"),
         (b"GIF89a" + bytes(20), "not a picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-        (encoded()[:-300], "damaged"),
+        (encoded()[:-300], r"cannot be read \(image file is truncated"),
         (encoded(210, 10), "too narrow"),
         (bytes(play.MEGABYTES * 1_000_000 + 1), "10.0 MB"),
     ],
@@ -99,9 +99,14 @@ def test_the_attacks_on_offer():
         assert (attack.name, attack.eps, attack.norm) == (name, 2 / 255, "linf")
         assert not getattr(attack, "early_stop", False)
         assert not offer.field or getattr(attack, offer.field) == 7
-    for given in (("autoattack", 1, 1), ("pgd", 17, 10), ("pgd", -1, 10), ("pgd", 1, 0), ("pgd", 1, 10**6)):
+    nan = float("nan")
+    for given in (
+        ("autoattack", 1, 1), ("pgd", 17, 10), ("pgd", -1, 10), ("pgd", 1, 0), ("pgd", 1, 10**6), ("pgd", None, 10),
+        ("pgd", nan, 10), ("pgd", 1, None), ("pgd", 1, nan), ("pgd", "1", 10),
+    ):  # fmt: skip
         with pytest.raises(UserError, match="choose"):
             play.make_attack(*given)
+    assert play.make_attack("fgsm", 1, None).eps == 1 / 255
 
 
 @pytest.mark.parametrize("name", play.OFFERS)
@@ -134,7 +139,18 @@ def test_no_radius_no_change(vlm):
     assert still.png == still.picture
     assert still.before == pytest.approx(still.after)
     assert set(decoded(still.difference).flat) == {128}
+    assert panels.eight_bits(still).startswith("No pixel moved: the PNG is the picture itself")
     assert "undid every change" in panels.eight_bits(made(vlm, eps=0.3))
+
+
+def test_a_half_level_may_leave_the_radius(vlm):
+    beyond, within = made(vlm, eps=2.5), made(vlm, eps=2)
+    assert (beyond.png_distance, within.png_distance) == (3, 2)
+    moved = "No pixel moved by more than 2.5/255; in the PNG, by 3/255, more than that: rounding goes up"
+    assert panels.eight_bits(beyond).startswith(moved)
+    assert panels.eight_bits(within).startswith("No pixel moved by more than 2/255; in the PNG, by 2/255. ")
+    a = (0.6, 0.3, 0.1)
+    assert "more than 10.5/255; in the PNG, by 10/255. " in panels.eight_bits(answer(a, a, a, moved=10.5, png_moved=10))
 
 
 def test_the_words_for_what_happened():
@@ -181,6 +197,7 @@ def test_the_backbone_below_a_run_of_a_run(tuned, clip_folder, image_folder, tmp
     assert list(shelf.tuned) == ["first", "second"]
     plain, hardened = shelf.pair("second").values()
     assert (plain.run, hardened.run["method"]) == ({}, "capt")
+    assert list(shelf.pair("second"))[1] == "Tuned with capt (second)", "two runs of one method are told apart"
     assert shelf.pair("first")[f"Undefended {clip_folder.name}"] is plain, "read once"
     with pytest.raises(UserError, match="choose one of first, second"):
         shelf.pair("third")

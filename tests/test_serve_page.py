@@ -2,11 +2,13 @@
 
 import base64
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -110,6 +112,10 @@ def test_a_bad_upload_gets_a_sentence(served, tab, tmp_path):
     tab.send("input[type=file]", tmp_path / "letter.png")
     tab.wait("document.querySelector('#answer').innerText.includes('not a picture that can be read')")
     assert "its class" in tab.run("document.querySelector('#chosen').innerText"), "the picture before stays"
+    tab.run(SET % 500)  # the box has it until it is left
+    tab.click("#attack")
+    tab.wait("document.querySelector('#answer').innerText.includes('choose one from 0 to 16')")
+    tab.run(SET % 1)
     tab.click("#attack")
     tab.wait(READY)
     (tmp_path / "large.png").write_bytes(bytes(MEGABYTES * 1_000_000 + 10_000_000))
@@ -117,3 +123,39 @@ def test_a_bad_upload_gets_a_sentence(served, tab, tmp_path):
     tab.wait("document.body.innerText.toLowerCase().includes('size')")
     assert tab.run(READY)
     assert "Traceback" not in tab.run("document.body.innerText")
+
+
+@pytest.mark.slow
+def test_what_the_browser_sends_is_answered_whatever_it_is(clip_folder):
+    from advtune.serve import page
+    from advtune.serve.models import Example, open_shelf
+
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(stream, "PNG")
+    shelf, picture = open_shelf(str(clip_folder), "cpu"), Example(stream.getvalue(), "")
+    rest = {"attack": "pgd", "eps": 1, "budget": 2, "tuned": None, "away": page.OWN, "template": "a {}."}
+    plain = page.answered(shelf, picture, "cat, dog", **rest)
+    assert plain.count("data-state") == 1
+    gone = page.answered(shelf, picture, "cat, dog", **{**rest, "away": "cow"})
+    assert gone == plain, "a name that is no more on the page leads nowhere"
+    for wrong in ({"eps": None}, {"budget": 1e9}, {"attack": "none"}, {"template": "a"}):
+        assert page.answered(shelf, picture, "cat, dog", **{**rest, **wrong}).startswith('<div class="at-note"')
+    kept, _, refusal = page.received(shelf, None, picture)
+    assert (kept, refusal) == (picture, "No file came; choose a picture.")
+
+
+@pytest.mark.slow
+def test_no_file_of_this_machine_can_be_asked_for(served, tmp_path):
+    """A browser that lies about what it has uploaded."""
+    address, _ = served
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "secret.png")
+    with urlopen(f"{address}/config") as answer:
+        steps = json.load(answer)["dependencies"]
+    receive = next(step["id"] for step in steps if step["targets"][0][1:] == ["upload"])
+    file = {"path": str(tmp_path / "secret.png"), "meta": {"_type": "gradio.FileData"}}
+    asked = json.dumps({"data": [file, None], "fn_index": receive, "session_hash": "liar"}).encode()
+    urlopen(Request(f"{address}/gradio_api/queue/join", asked, {"Content-Type": "application/json"})).close()
+    with urlopen(f"{address}/gradio_api/queue/data?session_hash=liar", timeout=60) as lines:
+        last = next(json.loads(line[6:]) for line in lines if b"process_completed" in line)
+    assert last["success"] is False
+    assert "data:image" not in json.dumps(last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from advtune import runs
@@ -101,8 +102,10 @@ class Classifier:
             return pixels(image, self.model.side)
         except UserError as error:
             return UserError(f"{name}: {error}")
+        except UnidentifiedImageError:
+            return UserError(f"{name}: not a readable image; give another file")
         except OSError as error:
-            return UserError(f"{name}: {error.strerror or 'not a readable image'}; give another file")
+            return UserError(f"{name}: {error.strerror or f'not a readable image ({error})'}; give another file")
         except Exception as error:  # Pillow raises nearly anything on hostile bytes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             return UserError(f"{name}: not a readable image ({reason}); give another file")
@@ -135,12 +138,15 @@ def words(model: VLM, classes: Words | None, template: str | None) -> tuple[tupl
 
 
 def listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
-    """One image or several -> several."""
+    """One image or several -> several. What is neither comes back as one, for `pixels` to refuse."""
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, Tensor):
         return list(images) if images.dim() == 4 else [images]
-    return [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+    single = isinstance(images, str | Path | bytes | bytearray | memoryview | Mapping | Image.Image)
+    several = isinstance(images, Iterable) and not single and not hasattr(images, "read")
+    given: Any = images
+    return given if several else [given]
 
 
 def pixels(image: Picture, side: int) -> Tensor:
@@ -174,20 +180,29 @@ def checked(x: Tensor) -> Tensor:
 
 
 def find(paths: Sequence[str]) -> list[Path]:
-    """Image files: those named, and all below the folders named, in the order of their names. Raises UserError for a
-    path that is not there and a folder without images."""
+    """Image files: those named, and all below the folders named, in the order of their names; what is hidden is left
+    out, and what has another suffix with a warning. Raises UserError for a path that is not there and a folder without
+    images."""
     found: list[Path] = []
     for path in map(Path, paths):
         if is_there(path, Path.is_dir):
-            inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files = sorted(p for p in path.rglob("[!.]*") if p.is_file() and not hidden(p.relative_to(path)))
+            inside = [p for p in files if p.suffix.lower() in SUFFIXES]
             if not inside:
                 raise UserError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+            if others := sorted({p.suffix or "none" for p in files} - {p.suffix for p in inside}):
+                count, kinds = len(files) - len(inside), ", ".join(others)
+                warnings.warn(f"{path}: files left out: {count}, by their suffix ({kinds})", stacklevel=2)
             found += inside
         elif is_there(path):
             found.append(path)
         else:
             raise UserError(f"{path}: there is no such file or folder")
     return found
+
+
+def hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def table(classifier: Classifier, files: Sequence[Path], top: int = 5, show: bool = True) -> Iterator[dict[str, Any]]:
@@ -204,7 +219,7 @@ def write_csv(records: Iterable[dict[str, Any]], file: Path, top: int) -> Iterat
     """Pass the records on and write them to a file, which is there when all are: path, label, probability, label_2,
     probability_2, ..., error; texts as no spreadsheet computes them."""
     columns = [f"{name}_{k}" if k > 1 else name for k in range(1, top + 1) for name in ("label", "probability")]
-    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["path", *columns, "error"])
         for record in records:
@@ -221,6 +236,8 @@ def run(
     images that could not be read, each with a line on stderr."""
     if top < 1:
         raise UserError(f"--top {top}: at least 1 class is needed")
+    if csv_file and Path(csv_file).is_dir():
+        raise UserError(f"--csv {csv_file}: this is a folder; name a file")
     top = min(top, len(classifier.classes))
     records: Iterable[dict[str, Any]] = table(classifier, files, top, show=csv_file is not None)
     records = write_csv(records, Path(csv_file), top) if csv_file else records

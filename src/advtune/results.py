@@ -256,7 +256,9 @@ def files_in(place: Path) -> list[Path]:
     if not place.exists():
         beside = place.parent.iterdir() if place.parent.is_dir() else ()
         hint = suggest(str(place), [str(each) for each in beside])
-        raise UserError(f"{place}: there is no such file or folder; {hint or 'name a run folder, or one of run folders'}")
+        raise UserError(
+            f"{place}: there is no such file or folder; {hint or 'name a run folder, or one of run folders'}"
+        )
     found = [place] if place.is_file() else sorted(place.rglob("results.jsonl"))
     if not found:
         run = place if (place / "config.json").is_file() else "DIR"

@@ -110,12 +110,10 @@ def load_encoder(folder: Path) -> Encoder:
     pair = folder / "vocab.json", folder / "merges.txt"
     if not any(each.is_file() for each in (file, packed)) and not all(each.is_file() for each in pair):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json, vocab.json and merges.txt, or {OPENAI})")
+    ways = {file: _from_file, pair[0]: lambda _: _from_pair(*pair), packed: _from_openai}
     what = file if file.is_file() else pair[0] if pair[0].is_file() else packed
     try:
-        if what == packed:
-            encoder = _from_openai(packed)
-        else:
-            encoder = _from_file(file) if what == file else _from_pair(*pair)
+        encoder = ways[what](what)
         encoder.no_padding()
         encoder.no_truncation()
         encoder.encode("a photo", add_special_tokens=False)  # some damage shows only now

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from advtune import __version__
 from advtune.export.source import Source, dataset_ids
 from advtune.methods import METHODS
+from advtune.pretrained import EMBEDDED
 from advtune.report import render
 from advtune.report.formats import escape
 from advtune.report.table import latest, pixels
+from advtune.results import Row
 
 LIBRARIES = {"huggingface": "transformers", "onnx": "onnx", "prompts": "advtune"}
 TASKS = {"onnx": "image-classification"}
@@ -35,14 +39,15 @@ from PIL import Image, ImageOps
 
 labels = json.load(open("classifier.json", encoding="utf-8"))["classes"]
 session = onnxruntime.InferenceSession("model.onnx")
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {resize}
 pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
 print(labels[session.run(None, {{"pixels": pixels}})[0].argmax()])
 ```
 
 Input `pixels`: float32 [N, 3, {height}, {width}] in [0, 1], any N; normalisation is inside. Output `logits`: [N, C],
-the classes of `classifier.json` in order. The classes are fixed."""
+the classes of `classifier.json` in order. The classes are fixed.{where}"""
 SQUARE = """\
 scale = {side} / min(image.size)
 image = image.resize([{side} if v == min(image.size) else int(v * scale) for v in image.size], Image.Resampling.BICUBIC)
@@ -70,7 +75,7 @@ def card(source: Source, to: str, facts: dict[str, Any], place: str) -> str:
         "## How to use it",
         usage(source, to, facts, place),
         "## What was measured",
-        results(source),
+        results(source, to),
         "## Intended use and limits",
         limits(source),
         "## How it was made",
@@ -87,7 +92,7 @@ def front_matter(source: Source, to: str) -> str:
 
     task = TASKS.get(to, ZERO_SHOT)
     found: list[Any] = []
-    for row in latest(source.rows):
+    for row in latest([row for row in source.rows if to != "onnx" or same_words(source, row)]):
         about = dict(task_type=task, dataset_type=row.data["name"], dataset_name=row.data["name"],
                      dataset_split=row.data["part"], metric_type="accuracy")  # fmt: skip
         measured = {"clean accuracy": row.clean}
@@ -127,12 +132,14 @@ def usage(source: Source, to: str, facts: dict[str, Any], place: str) -> str:
     elif to == "onnx":
         _, _, height, width = facts["input"]
         resize = SQUARE.format(side=height) if height == width else OTHER.format(height=height, width=width)
-        text = ONNX.format(height=height, width=width, resize=resize)
+        where = f" Run it where the files are: `hf download {place} --local-dir .`" if "/" in place else ""
+        text = ONNX.format(height=height, width=width, resize=resize, where=where)
     else:
         backbone = source.config["backbone"]
         tuned = backbone["tuned"]
         where = f" It is itself tuned, with {tuned['method']}: give its run folder along." if tuned else ""
-        where += " If it is a folder, write its path, from here, to `backbone.path` in `config.json`."
+        if not source.base and backbone["name"] not in EMBEDDED:
+            where += " If it is a folder, write its path, from here, to `backbone.path` in `config.json`."
         load, folder = "", quoted(place)
         if "/" in place:  # on the hub
             load, folder = (
@@ -147,11 +154,19 @@ def quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def results(source: Source) -> str:
+def same_words(source: Source, row: Row) -> bool:
+    """Whether a row was measured with the class texts of this export."""
+    texts = "\n".join(source.template.replace("{}", name) for name in source.classes)
+    return row.data.get("texts_sha256") == hashlib.sha256(texts.encode()).hexdigest()
+
+
+def results(source: Source, to: str) -> str:
     """The tables of `advtune report`, with what the checks found, or that there is nothing."""
     if not source.rows:
         return "Nothing was measured on this model. Do not take it for robust before an attack was tried on it."
     text = re.sub(r"\n*<details>.*?</details>", "", render(latest(source.rows), "markdown"), flags=re.DOTALL).strip()
+    if to == "onnx" and not all(same_words(source, row) for row in source.rows):
+        text = "Not all of this was measured with the class texts of this file, but with those of its set.\n\n" + text
     return text + "\n\n" + (
         "A robust accuracy is the share of images that stay right under that attack, at that eps; a stronger attack "
         "finds less. PGD's numbers are upper bounds, AutoAttack's with its checks are the ones to compare."
@@ -160,12 +175,23 @@ def results(source: Source) -> str:
 
 def limits(source: Source) -> str:
     """What it is for and what nobody should expect of it."""
-    lines = [
-        "For research on robustness, and as a classifier of images into the named classes where small changes of "
-        "pixels must not change the answer. Measure it on your own images first.",
-        "Robust means: against the perturbations above, at most eps in every pixel (linf) or in length (l2). Nothing "
-        "is claimed of larger ones, patches, rotations, weather, other cameras or other classes.",
-        "Clean accuracy is usually lower than that of the untuned backbone. Probabilities are not calibrated.",
+    attacked = any(row.attack and row.robust for row in source.rows)
+    if source.config and source.config["attack"]["eps"]:
+        lines = [
+            "For research on robustness, and as a classifier of images into the named classes where small changes of "
+            "pixels must not change the answer. Measure it on your own images first.",
+            f"Robust means: against the perturbations {'above' if attacked else 'that it was tuned with'}, at most eps "
+            "in every pixel (linf) or in length (l2). Nothing is claimed of larger ones, patches, rotations, weather, "
+            "other cameras or other classes.",
+            "Tuning against attacks usually costs clean accuracy, most on images and classes that it was not tuned on.",
+        ]
+    else:
+        lines = [
+            "To compare with, in research on robustness. It has no defence: no attack was part of its training, and a "
+            "change of the pixels that nobody sees can turn its answers.",
+        ]
+    lines += [
+        "Probabilities are not calibrated.",
         "What the backbone learned of people and of the web is still there. Not for decisions about people, nor where "
         "a wrong answer harms somebody and nobody looks.",
     ]
@@ -183,13 +209,12 @@ def making(source: Source) -> list[str]:
     tuned = backbone["tuned"]
     before = f", itself tuned with {tuned['method']} on {escape(tuned['on'])}" if tuned else ""
     shots = f"{train['shots']} a class, " if train["shots"] else ""
-    names = ", ".join(source.classes[:SHOWN]) + (", ..." if len(source.classes) > SHOWN else "")
     lines = [
         f"Backbone: `{backbone['name']}`{before}, sha256 `{backbone['sha256']}`",
         f"Tuned on: {escape(train['name'])}, part {train['part']}, {train['n']} images ({shots}seed {train['seed']}), "
         f"sha256 `{train['sha256']}`",
-        f"Classes ({len(source.classes)}): {escape(names)}",
-        f"Template: {escape(source.template)}",
+        f"Classes {some(train['classes'])}",
+        f"Template: {escape(train['template'])}",
         f"Attack while tuning: {attack['name']}, eps {pixels(attack['eps'])}, {attack['steps']} steps"
         if attack["eps"]
         else "Tuned on clean images",
@@ -199,8 +224,14 @@ def making(source: Source) -> list[str]:
         lines.append(f"Options of {run['method']}: {escape(listed(run['options']))}")
     if run["reconstructed"]:
         lines.append(f"No public source gives these options; they are reconstructed: {', '.join(run['reconstructed'])}")
+    if list(source.classes) != train["classes"] or source.template != train["template"]:
+        lines.append(f"In this export: template {escape(source.template)}, classes {some(source.classes)}")
     lines += [escape(note) for note in run.get("notes", [])]
     return [*lines, f"Versions: {listed(run['versions'])}; weights sha256 `{source.model.origin.sha256}`"]
+
+
+def some(names: Sequence[str]) -> str:
+    return escape(f"({len(names)}): " + ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else ""))
 
 
 def listed(facts: dict[str, Any]) -> str:

@@ -56,9 +56,10 @@ class Shelf:
             raise UserError(f"There is no tuned model {name}; choose one of {', '.join(self.tuned)}.")
         first = undefended(folder)
         method = runs.read_config(folder)["method"]
+        which = "" if len(self.tuned) == 1 or name == method else f" ({name})"
         return {
             f"Undefended {Path(first).name}": self._model(first),
-            f"Tuned with {method}": self._model(str(folder)),
+            f"Tuned with {method}{which}": self._model(str(folder)),
         }
 
     def _model(self, name: str) -> VLM:

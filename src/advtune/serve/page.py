@@ -47,7 +47,7 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
     first = shown[start]
     with gr.Blocks(title="advtune: fool the model", analytics_enabled=False) as page:
         gr.Markdown(INTRO)
-        picture = gr.State(first)
+        picture, refused = gr.State(first), gr.State("")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 preview, gallery, upload = _picture(shown)
@@ -69,8 +69,10 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
             with gr.Column(scale=5, min_width=320):
                 out = gr.HTML(panels.sentence(panels.TIP), elem_id="answer")
         asked = [picture, names, attack, radius, budget, tuned, away, template]
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-        loud: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        # What is sent comes as it is: what is out of bounds gets our sentence, not an error of Gradio's.
+        plain: dict[str, Any] = {"api_visibility": "private", "preprocess": False}
+        quiet = plain | {"show_progress": "hidden", "queue": False}
+        loud = plain | {"concurrency_id": "model", "concurrency_limit": 1}
 
         def answer(*given: Any) -> str:
             return answered(shelf, *given)
@@ -78,13 +80,18 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
         def pick(event: gr.SelectData) -> tuple[Example, str]:
             return shown[event.index], seen(shown[event.index], shelf)
 
-        def receive(file: str, *given: Any) -> tuple[Example, str, str]:
-            return received(shelf, file, *given)
+        def receive(file: str | None, before: Example) -> tuple[Example, str, str]:
+            return received(shelf, file, before)
+
+        def answer_to(refusal: str, *given: Any) -> str:
+            return panels.sentence(refusal) if refusal else answered(shelf, *given)
 
         picked = gallery.select(pick, None, [picture, preview], **quiet)
         for done in (picked.then(answer, asked, out, **loud), go.click(answer, asked, out, **loud)):
             done.then(None, js=SHOW)
-        upload.upload(receive, [upload, *asked], [picture, preview, out], **loud)
+        # Here Gradio must look first: it holds that the path is of a file that was uploaded.
+        sent = upload.upload(receive, [upload, picture], [picture, preview, refused], api_visibility="private")
+        sent.then(answer_to, [refused, *asked], out, **loud)
         attack.change(lambda name: _budget(OFFERS[name]), attack, budget, **quiet)
         gr.on([names.blur, names.submit], leads, [names, away], away, **quiet)
         page.load(lambda: seen(first, shelf), None, preview, **quiet)
@@ -110,16 +117,15 @@ def _budget(offer: Offer) -> gr.Slider:
 
 
 def answered(
-    shelf: Shelf, picture: Example, names: str, attack: str, eps: float, budget: float, tuned: str | None, away: str,
-    template: str,
+    shelf: Shelf, picture: Example, names: str, attack: str, eps: float | None, budget: float | None,
+    tuned: str | None, away: str, template: str,
 ) -> str:  # fmt: skip
-    """What the models say of the picture before and after the attack, or a sentence that says what to mend."""
+    """What the models say of the picture before and after the attack, or a sentence that says what to mend. `away`
+    counts where it is among the names; else it goes back to OWN, as the page shows it (see `leads`)."""
     try:
         classes, template = read_classes(names), check_template(template)
         made = make_attack(attack, eps, budget)
-        if away != OWN and away not in classes:
-            raise UserError(f"“{away}” is led away from, but is not among the class names.")
-        target = None if away == OWN else classes.index(away)
+        target = classes.index(away) if away in classes else None
         answers = {
             title: play(model, read_picture(picture.data, model.side), classes, template, made, target)
             for title, model in shelf.pair(tuned).items()
@@ -129,16 +135,18 @@ def answered(
     return panels.render(answers, picture.label, attack)
 
 
-def received(shelf: Shelf, file: str, before: Example, *rest: Any) -> tuple[Example, str, str]:
-    """The picture that was sent, how it is seen and what is said of it; the one before, if it cannot be read."""
+def received(shelf: Shelf, file: str | None, before: Example) -> tuple[Example, str, str]:
+    """The picture that was sent, how it is seen, and why it is refused: nothing, or a sentence with the one before."""
     try:
+        if not file:
+            raise UserError("No file came; choose a picture.")
         sent = Example(read_bytes(Path(file), MEGABYTES * 1_000_000), "")
-        preview = seen(sent, shelf)
+        Path(file).unlink(missing_ok=True)  # a page that is up for days does not keep what was sent
+        return sent, seen(sent, shelf), ""
     except UserError as error:
-        return before, seen(before, shelf), panels.sentence(str(error))
+        return before, seen(before, shelf), str(error)
     except OSError as error:
-        return before, seen(before, shelf), panels.sentence(f"The file cannot be read: {error.strerror}.")
-    return sent, preview, answered(shelf, sent, *rest)
+        return before, seen(before, shelf), f"The file cannot be read: {error.strerror}."
 
 
 def seen(picture: Example, shelf: Shelf) -> str:

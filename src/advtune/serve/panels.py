@@ -88,7 +88,11 @@ def bar(share: float, when: str) -> str:
 def eight_bits(answer: Answer) -> str:
     """What rounding to whole levels did to the attack."""
     now = f"{escape(answer.classes[answer.says[2]])}, {100 * answer.rounded[answer.says[2]]:.0f} %"
-    moved = f"No pixel moved by more than {answer.distance:.2g}/255; in the PNG, by {answer.png_distance:.0f}/255."
+    if answer.distance == 0 == answer.png_distance:
+        return f"No pixel moved: the PNG is the picture itself, with its 8 bits a channel. The model says {now}."
+    moved = f"No pixel moved by more than {answer.distance:.3g}/255; in the PNG, by {answer.png_distance:.0f}/255."
+    if answer.png_distance > answer.distance + 0.1:
+        moved = f"{moved[:-1]}, more than that: rounding goes up as well as down."
     if answer.wrong_before:
         return f"{moved} Of the PNG, with its 8 bits a channel, the model says {now}."
     if answer.png_distance == 0:

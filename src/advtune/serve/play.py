@@ -111,7 +111,7 @@ def read_picture(data: bytes, side: int) -> Tensor:
         pixels = decode(data, side)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"The picture is damaged ({reason}); give another file.") from None
+        raise UserError(f"The picture cannot be read ({reason}); give another file.") from None
     return torch.from_numpy(pixels.copy()).float()[None] / LEVELS
 
 
@@ -147,21 +147,26 @@ def check_template(template: str) -> str:
     return template
 
 
-def make_attack(name: str, eps: float, budget: float) -> Attack:
-    """An attack on offer, l_inf; eps in 255ths, `budget` its steps, queries or draws. It does not stop at the first
-    success, which is often only just one. Raises UserError for what is not offered."""
+def make_attack(name: str, eps: float | None, budget: float | None) -> Attack:
+    """An attack on offer, l_inf; eps in 255ths, `budget` its steps, queries or draws; None is an empty field. It does
+    not stop at the first success, which is often only just one. Raises UserError for what is not offered."""
     if name not in OFFERS:
         raise UserError(f"The page has no attack {name}; choose one of {', '.join(OFFERS)}.")
     offer = OFFERS[name]
-    if not all(isinstance(number, int | float) for number in (eps, budget)):
-        raise UserError("eps and the number of steps must be numbers.")
-    if not 0 <= eps <= EPS:
-        raise UserError(f"eps is {eps:g}/255; choose one from 0 to {EPS}/255.")
-    if offer.field and not 1 <= budget <= offer.most:
-        raise UserError(f"{budget:g} {offer.field} were asked for; choose from 1 to {offer.most}.")
+    radius = within("eps, in 255ths of a pixel's range,", eps, 0, EPS)
     known = as_options(ATTACKS[name])
-    options = {"eps": eps / LEVELS} | ({offer.field: int(budget)} if offer.field else {})
+    tries = {offer.field: int(within(f"The number of {offer.field}", budget, 1, offer.most))} if offer.field else {}
+    options = {"eps": radius / LEVELS} | tries
     return fill(ATTACKS[name], options | ({"early_stop": False} if "early_stop" in known else {}), f"attack {name}")
+
+
+def within(what: str, value: float | None, low: int, high: int) -> float:
+    """The number that was typed. Raises UserError, a sentence for the page, when it is none or out of bounds."""
+    if not isinstance(value, int | float):
+        raise UserError(f"{what} is empty; choose one from {low} to {high}.")
+    if not low <= value <= high:
+        raise UserError(f"{what} is {value:g}; choose one from {low} to {high}.")
+    return value
 
 
 def play(

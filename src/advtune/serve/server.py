@@ -80,6 +80,7 @@ def app(shelf: models.Shelf, task: Any) -> Any:
     shown = models.examples(task)
     blocks = page.build(shelf, task, shown, models.begin(shelf, task, shown))
     blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False)
+    blocks.has_launched = True  # else Gradio, mounted, lets a request name any file of this machine as its upload
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     theme = gr.themes.Default(primary_hue="blue", font=page.FONTS, font_mono=["ui-monospace", "monospace"])
     mounted = gr.mount_gradio_app(
