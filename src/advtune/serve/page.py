@@ -130,6 +130,7 @@ def received(shelf: Shelf, file: str, before: Example, *rest: Any) -> tuple[Exam
     """The picture that was sent, how it is seen and what is said of it; the one before, if it cannot be read."""
     try:
         sent = Example(Path(file).read_bytes(), "")
+        Path(file).unlink(missing_ok=True)  # a page that is up for days does not keep what was sent
         preview = seen(sent, shelf)
     except (UserError, OSError) as error:
         return before, seen(before, shelf), panels.sentence(str(error))
