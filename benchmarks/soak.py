@@ -13,7 +13,6 @@ import io
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,11 +180,9 @@ def soak(folder: Path, seconds: float, warm: float, clients: int) -> dict[str, A
     worker = [sys.executable, __file__, "--worker", str(folder / "work")]
     visits = Visits()
     looks: dict[str, list[Look]] = {"page": [], "worker": []}
-    with (
-        started(page, environment, folder / "page.txt") as one,
-        started(worker, environment, folder / "work.txt") as two,
-    ):
-        address = first_word(folder / "page.txt", one)
+    said, done = folder / "page.txt", folder / "work.txt"
+    with started(page, environment, said) as one, started(worker, environment, done) as two:
+        address = first_word(said, one)
         threads = [threading.Thread(target=visit, args=(address, visits, i), daemon=True) for i in range(clients)]
         for thread in threads:
             thread.start()
@@ -193,17 +190,18 @@ def soak(folder: Path, seconds: float, warm: float, clients: int) -> dict[str, A
         while (now := time.monotonic() - begin) < seconds and one.poll() is None and two.poll() is None:
             for name, process in (("page", one), ("worker", two)):
                 looks[name].append(look(process.pid, now))
-            looks["page"][-1]["temporary"] = sum(p.stat().st_size for p in list(temporary.rglob("*")) if p.is_file())
+            looks["page"][-1]["temporary"] = size(temporary)
             time.sleep(SECONDS)
         ended = [name for name, process in (("page", one), ("worker", two)) if process.poll() is not None]
         visits.stop.set()
         for thread in threads:
             thread.join(60)
-    cycles = (folder / "work.txt").read_text().splitlines()
+    lines = done.read_text().splitlines()
+    cycles = sum(line.startswith("{") for line in lines)
     return judge(looks, visits, ended, warm) | {
-        "seconds": round(now), "warm_up": round(warm), "clients": clients, "cycles": sum(c.startswith("{") for c in cycles),
+        "seconds": round(now), "warm_up": round(warm), "clients": clients, "cycles": cycles,
         "advtune": advtune.__version__, "versions": runs.versions(), "cores": os.cpu_count(),
-        "tail": cycles[-3:] if ended else [], "looks": {name: thin(each) for name, each in looks.items()},
+        "tail": lines[-3:] if ended else [], "looks": {name: thin(each) for name, each in looks.items()},
     }  # fmt: skip
 
 
@@ -240,6 +238,15 @@ def look(pid: int, now: float) -> Look:
     return {"at": round(now, 1), "memory": kilobytes / 1000, "files": len(os.listdir(f"/proc/{pid}/fd"))}
 
 
+def size(folder: Path) -> int:
+    """Bytes of the files under a folder; what goes meanwhile has none."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def judge(looks: dict[str, list[Look]], visits: Visits, ended: Sequence[str], warm: float) -> dict[str, Any]:
     """Medians of the first and the last fifth after the warm-up, and the promises that do not hold."""
     broken = [f"{name} ended by itself" for name in ended]
@@ -247,7 +254,8 @@ def judge(looks: dict[str, list[Look]], visits: Visits, ended: Sequence[str], wa
     for name, each in looks.items():
         after = [one for one in each if one["at"] >= warm]
         if len(after) < 10:
-            return {"seen": seen, "broken": [*broken, f"{name}: too few looks after the warm-up"]}
+            broken.append(f"{name}: too few looks after the warm-up")
+            continue
         fifth = len(after) // 5
         for what in ("memory", "files", *(["temporary"] if "temporary" in after[0] else [])):
             first, last = (statistics.median(one[what] for one in part) for part in (after[:fifth], after[-fifth:]))
@@ -279,12 +287,13 @@ def table(found: dict[str, Any]) -> str:
     for name, each in found["seen"].items():
         scale = 1e6 if name.endswith("temporary") else 1
         unit = {"memory": " MB", "temporary": " MB"}.get(name.split()[1], "")
-        lines.append(
-            f"| {name} | " + " | ".join(f"{each[k] / scale:.0f}{unit}" for k in ("first", "last", "most")) + " |"
-        )
-    asked = found.get("requests", {})
-    lines += ["", f"{found['seconds']} s, {found['cycles']} cycles of tuning and evaluation, {asked.get('answered')} requests "
-              f"answered, {asked.get('failed')} failed, seconds by percentile {asked.get('seconds')}."]  # fmt: skip
+        cells = [f"{each[key] / scale:.0f}{unit}" for key in ("first", "last", "most")]
+        lines.append(" | ".join([f"| {name}", *cells]) + " |")
+    asked = found["requests"]
+    lines.append(
+        f"\n{found['seconds']} s, {found['cycles']} cycles of tuning and evaluation; {asked['answered']} requests "
+        f"answered, {asked['failed']} failed; seconds by percentile {asked['seconds']}."
+    )
     return "\n".join([*lines, *(f"BROKEN: {each}" for each in found["broken"])])
 
 
