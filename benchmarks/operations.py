@@ -63,13 +63,18 @@ def shape(patch: int, classes: int, meta: bool = True) -> VLM:
     config = ClipConfig(
         TowerConfig(768, 12, 12, 3072), TowerConfig(512, 12, 8, 2048), 512, 224, patch, 2000, CONTEXT, START, END
     )
+    return bare(config, classes, meta)
+
+
+def bare(config: ClipConfig, classes: int, meta: bool = True) -> VLM:
+    """A frozen model of a shape: see `shape`."""
     with torch.device("meta" if meta else "cpu"):
         clip = CLIP(config)
     for module in clip.modules() if meta else ():
         for name, value in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(torch.zeros(()).expand(value.shape)))
     words: Any = Words(classes)
-    return VLM(clip, words, Origin(f"random weights, patch {patch}", "")).requires_grad_(False)
+    return VLM(clip, words, Origin(f"random weights, patch {config.patch}", "")).requires_grad_(False)
 
 
 def operations(call: Callable[[], Any]) -> int:

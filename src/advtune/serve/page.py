@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,19 @@ def received(shelf: Shelf, file: str | None, before: Example) -> tuple[Example, 
         if not file:
             raise UserError("No file came; choose a picture.")
         sent = Example(read_bytes(Path(file), MEGABYTES * 1_000_000), "")
-        Path(file).unlink(missing_ok=True)  # a page that is up for days does not keep what was sent
+        forget(Path(file))
         return sent, seen(sent, shelf), ""
     except UserError as error:
         return before, seen(before, shelf), str(error)
     except OSError as error:
         return before, seen(before, shelf), f"The file cannot be read: {error.strerror}."
+
+
+def forget(file: Path) -> None:
+    """Remove an upload that was read: a page that is up for days does not keep what was sent. Nothing else goes."""
+    uploads = os.environ.get("GRADIO_TEMP_DIR")
+    if uploads and Path(uploads).resolve() in file.resolve().parents:
+        file.unlink(missing_ok=True)
 
 
 def seen(picture: Example, shelf: Shelf) -> str:

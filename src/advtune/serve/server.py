@@ -19,6 +19,7 @@ from advtune.serve import models
 from advtune.serve.play import MEGABYTES
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+VISITORS = 100  # whose pictures are kept; of more, those who were there last
 # A browser that obeys this fetches nothing from elsewhere, whatever Gradio's own pages would like.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -81,6 +82,7 @@ def app(shelf: models.Shelf, task: Any) -> Any:
     blocks = page.build(shelf, task, shown, models.begin(shelf, task, shown))
     blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False)
     blocks.has_launched = True  # else Gradio, mounted, lets a request name any file of this machine as its upload
+    blocks.state_session_capacity = VISITORS
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     theme = gr.themes.Default(primary_hue="blue", font=page.FONTS, font_mono=["ui-monospace", "monospace"])
     mounted = gr.mount_gradio_app(
