@@ -1,8 +1,8 @@
 """What tuning costs by method, backbone, classes and images: operations, memory and bytes between devices, counted on
 tensors without content; and what ImageNet and 400 million images take on many devices.
 
-Command:  python benchmarks/scale.py            counts into benchmarks/results/scale.json (minutes), tables into docs/scale.md
-          python benchmarks/scale.py --tables   the tables alone;  --check: does the page agree with the counts?
+Command:  python benchmarks/scale.py   counts into benchmarks/results/scale.json (minutes), tables into docs/scale.md;
+          --tables: the tables alone; --check: does the page agree with the counts?
 A step of B images and C classes costs `image` B + `class` C. Rates and prices are assumptions, named in the page.
 """
 
@@ -78,7 +78,9 @@ def count(name: str, shape: str) -> Count:
 def held(vlm: Any, name: str, batch: int) -> float:
     """The most bytes that autograd keeps at a time during a step."""
     method, _, attack = configure(name, (), ())
-    models = {key: model.to("meta") for key, model in method.setup(operations.light_copy(vlm), operations.TASK, 0).items()}
+    models = {
+        key: model.to("meta") for key, model in method.setup(operations.light_copy(vlm), operations.TASK, 0).items()
+    }
     tokens = {key: model.tokens(["a"], operations.TASK.template) for key, model in models.items()}
     x, y = torch.rand(batch, 3, 224, 224, device="meta"), torch.zeros(batch, dtype=torch.long, device="meta")
     for key, model in models.items():
@@ -178,10 +180,18 @@ def checked(counts: dict[str, dict[str, Count]]) -> str:
     b32, rows = counts["B/32"], []
     one, many = lines["memory", "ours 200 apt"], lines["memory", "ours 1000 apt"]
     seen = (many["peak"] - one["peak"]) / 800 * 1e3
-    rows.append(["memory of a class, APT, B/32, bf16", f"{LOW * b32['apt']['held class'] / 1e6:.2f} MB", f"{seen:.2f} MB"])
+    rows.append(
+        ["memory of a class, APT, B/32, bf16", f"{LOW * b32['apt']['held class'] / 1e6:.2f} MB", f"{seen:.2f} MB"]
+    )
     fap = lines["memory", "ours 1000 fap"]
     expected = LOW * (1000 * b32["fap"]["held class"] + 4 * b32["fap"]["held image"]) / 1e9
-    rows.append(["memory of a step beyond the model, FAP, 4 images, 1000 classes", f"{expected:.2f} GB", f"{fap['peak'] - fap['before']:.2f} GB"])
+    rows.append(
+        [
+            "memory of a step beyond the model, FAP, 4 images, 1000 classes",
+            f"{expected:.2f} GB",
+            f"{fap['peak'] - fap['before']:.2f} GB",
+        ]
+    )
     rates = {}
     for name in ("tecoa", "fap"):
         line = lines["training", f"{name} B/32"]
@@ -227,11 +237,11 @@ def stored(counts: dict[str, dict[str, Count]]) -> str:
     """Bytes: of what learns, of its optimiser's state, between devices in a step."""
     rows = []
     for name in METHODS_TUNED:
-        c, state = {s: counts[s][name] for s in SHAPES}, OPTIMISER[configure(name, (), ())[1].optimizer]
-        cells = [
-            f"{short(4 * c[s]['learned'] / 1e6)} + {short(state * c[s]['learned'] / 1e6)}, {short(8 * c[s]['learned'] / 1e6)}"
-            for s in SHAPES
-        ]
+        state = OPTIMISER[configure(name, (), ())[1].optimizer]
+        cells = []
+        for shape in SHAPES:
+            n = counts[shape][name]["learned"] / 1e6
+            cells.append(f"{short(4 * n)} + {short(state * n)}, {short(8 * n)}")
         rows.append([name, *cells])
     return table(["Method", *(f"{s}: MB learned + state, between devices" for s in SHAPES)], rows)
 

@@ -129,8 +129,7 @@ def test_orientation_transparency_and_grey(classifier, picture):
         (torch.rand(1, 4, 4), r"\[1, 4, 4\] is not an image"),
         (7, "int is not an image"),
         (io.BytesIO(b"junk"), "BytesIO is not an image; give a path"),
-        (np.zeros((2, 402, 3), np.uint8), "402 by 2 pixels are too narrow"),
-        (np.zeros((0, 5, 3), np.uint8), "5 by 0 pixels are too narrow"),
+        (np.zeros((0, 5, 3), np.uint8), r"an array of uint8 \[0, 5, 3\] is not an image"),
     ],
 )
 def test_a_bad_image_is_named(classifier, picture, bad, message):
@@ -147,12 +146,12 @@ def test_what_is_neither_an_image_nor_several_is_refused(classifier, bad):
         classifier.predict(bad)
 
 
-def test_a_narrow_or_broken_picture_is_refused_with_the_reason(classifier, picture, tmp_path):
+def test_of_a_narrow_picture_the_centre_is_read_a_broken_one_is_refused_with_the_reason(classifier, picture, tmp_path):
     Image.new("RGB", (1, 30_000)).save(tmp_path / "narrow.png")  # 480 000 pixels at side 16: gigabytes at 224
     Image.fromarray(picture).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
     narrow, half, whole = classifier.stream([tmp_path / name for name in ("narrow.png", "half.png", "whole.png")])
-    assert str(narrow) == f"{tmp_path / 'narrow.png'}: 1 by 30000 pixels are too narrow; cut it nearer to a square"
+    assert narrow.label in COLOURS, "its centre is read"
     assert "half.png: not a readable image (image file is truncated" in str(half)
     assert whole.label in COLOURS
 
@@ -253,10 +252,8 @@ def test_names_that_are_hidden_odd_or_no_image(tuned, picture, tmp_path, capsys)
     assert names == [f"{folder}/{name}" for name in ("d\\udcff.png", "e\\nf.png", "sub/c.PNG")]
     assert printed.err == f"advtune: warning: {folder}: files left out: 2, by their suffix (.heic, none)\n"
     assert main(["predict", str(tuned[0]), str(folder), "--csv", str(tmp_path / "a.csv")]) == 0
-    with (tmp_path / "a.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        assert [row["path"] for row in csv.DictReader(stream)] == [
-            f"{folder}/{name}" for name in ("d\udcff.png", "e\nf.png", "sub/c.PNG")
-        ]
+    with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as stream:
+        assert [row["path"] for row in csv.DictReader(stream)] == names
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,8 @@ def pixels(image: Picture, side: int) -> Tensor:
     if isinstance(image, Tensor):
         return checked(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
+        shaped = image.ndim in (2, 3) and image.shape[2:] in ((), (1,), (3,), (4,)) and image.size
+        if image.dtype != np.uint8 or not shaped:
             raise UserError(f"an array of {image.dtype} {list(image.shape)} is not an image; give {KINDS}")
         array = fit(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), side)
     elif isinstance(image, Image.Image):
@@ -219,7 +220,7 @@ def write_csv(records: Iterable[dict[str, Any]], file: Path, top: int) -> Iterat
     """Pass the records on and write them to a file, which is there when all are: path, label, probability, label_2,
     probability_2, ..., error; texts as no spreadsheet computes them."""
     columns = [f"{name}_{k}" if k > 1 else name for k in range(1, top + 1) for name in ("label", "probability")]
-    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["path", *columns, "error"])
         for record in records:
