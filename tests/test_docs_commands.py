@@ -19,9 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPModel
 
 from advtune import arguments, cli
-from conftest import write_images
+from backbones import open_clip_tensors, write_openai
+from conftest import write_clip, write_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name != "log.md")]
@@ -100,7 +103,7 @@ def of(*how):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, clip_folder):
-    """What the pages take as given: photos, and runs of tecoa, capt and apd with a row each."""
+    """What the pages take as given: photos, runs of tecoa, capt and apd with a row each, files of others."""
     place = tmp_path_factory.mktemp("docs")
     write_images(place / "photos", classes=CLASSES, train=16, test=2)
     shutil.copy(next((place / "photos" / "test" / "cat").iterdir()), place / "photo.jpg")
@@ -114,6 +117,11 @@ def place(tmp_path_factory, clip_folder):
             attack = ["--attack", "pgd", "-a", "steps=2", "-a", "eps=1/255"]
             assert cli.main(["evaluate", f"runs/{name}", "--data", "fashion-mnist-mini", *attack]) == 0
     shutil.copytree(place / "runs" / "tecoa", place / "runs" / "fap-few-shot" / "tecoa")
+    clip = CLIPModel.from_pretrained(clip_folder)
+    torch.save({"state_dict": open_clip_tensors(clip)}, place / "tecoa.pth.tar")
+    wide = dict(hidden_size=64, num_attention_heads=1)
+    tensors = open_clip_tensors(write_clip(place / "clip", image=wide, text=wide))
+    write_openai(place / "clip" / "ViT-B-32.pt", tensors)
     return place
 
 
@@ -137,8 +145,9 @@ def stand_in(patch, backbone, photos):
         method, recipe, attack = configure(name, options, attack)
         return method, replace(recipe, epochs=attack.replay if isinstance(attack, Free) else 1), attack
 
-    def known(name):
-        assert name in HUB_BACKBONES, f"{name} is not a backbone that advtune list names"
+    def known(name, kinds=()):
+        listed = (name, f"hf-hub:{name}") if kinds else (name,)
+        assert set(listed) & set(HUB_BACKBONES), f"{name} is not a backbone that advtune list names"
         return backbone
 
     for module in (methods, train, protocols):
