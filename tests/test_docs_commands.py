@@ -2,9 +2,9 @@
 
 The name of each test says what is done with the command:
 run      - by `advtune.cli.main`, with its own verbs, flags, options, names and files. What stands in: a random CLIP
-           with 16 px for every backbone that we name, 4 classes of 18 images for every set of the catalog and for
-           `photos`, one epoch of training, the first two runs of a study, short stages of AutoAttack, a hub that only
-           listens. A name that does not exist fails.
+           with 16 px for every backbone that we name (24 for 336), 4 classes of 18 images for every set of the catalog
+           and for `photos`, one epoch of training, the first two runs of a study, short stages of AutoAttack, a hub
+           that only listens. A name that does not exist fails.
 parsed   - in the prose: the verb, its flags and the names of methods, attacks and data sets are known.
 checked  - another program: a target of the Makefile, or a package of an extra.
 """
@@ -139,6 +139,7 @@ def stand_in(patch, backbone, photos):
     from advtune.attacks import ATTACKS, Free, autoattack
     from advtune.data import task
     from advtune.data.sources import open_folder
+    from advtune.formats.spec import at_side
     from advtune.listing import HUB_BACKBONES
 
     def quick(name, options=(), attack=(), configure=methods.configure):
@@ -154,6 +155,7 @@ def stand_in(patch, backbone, photos):
         patch.setattr(module, "configure", quick)
     patch.setitem(pretrained.EMBEDDED, "mini", backbone)
     patch.setattr(pretrained, "download", known)
+    patch.setattr(pretrained, "at_side", lambda config, side: at_side(config, side * 16 // 224))
     patch.setattr(task, "open_named", lambda name: open_folder(str(photos)))
     patch.setattr(study, "plan", lambda wanted, plan=study.plan: plan(wanted)[:2])
     patch.setattr(cost, "SECONDS", 0.01)
