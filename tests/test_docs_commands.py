@@ -3,10 +3,10 @@ a folder of small stand-ins.
 
 The name of each test says what is done with the command:
 run      - by `advtune.cli.main` (what torchrun starts: by one process), with its own verbs, flags, options, names and
-           files. What stands in: a random CLIP with 16 px for every backbone that we name, 4 classes of 18 images for
-           every set of the catalog and for `photos`, one epoch of training, the first two runs of a study, short
-           stages of AutoAttack, a hub that only listens, this process for Ray's workers. A name that does not exist
-           fails.
+           files. What stands in: a random CLIP with 16 px for every backbone that we name (24 for 336), 4 classes of
+           18 images for every set of the catalog and for `photos`, one epoch of training, the first two runs of a
+           study, short stages of AutoAttack, a hub that only listens, this process for Ray's workers. A name that
+           does not exist fails.
 parsed   - in the prose: the verb, its flags and the names of methods, attacks and data sets are known.
 checked  - another program: a target of the Makefile, or a package of an extra.
 """
@@ -24,10 +24,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from advtune import arguments, cli, examples
 from advtune.examples import start
-from conftest import write_images
+from backbones import open_clip_tensors, write_openai
+from conftest import write_clip, write_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -133,7 +135,7 @@ def of(*how):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, clip_folder):
-    """What the pages take as given: photos, and runs of tecoa, capt and apd with a row each."""
+    """What the pages take as given: photos, runs of tecoa, capt and apd with a row each, files of others."""
     place = tmp_path_factory.mktemp("docs")
     write_images(place / "photos", classes=CLASSES, train=16, test=2)
     shutil.copy(next((place / "photos" / "test" / "cat").iterdir()), place / "photo.jpg")
@@ -147,6 +149,11 @@ def place(tmp_path_factory, clip_folder):
             attack = ["--attack", "pgd", "-a", "steps=2", "-a", "eps=1/255"]
             assert cli.main(["evaluate", f"runs/{name}", "--data", "fashion-mnist-mini", *attack]) == 0
     shutil.copytree(place / "runs" / "tecoa", place / "runs" / "fap-few-shot" / "tecoa")
+    clip = CLIPModel.from_pretrained(clip_folder)
+    torch.save({"state_dict": open_clip_tensors(clip)}, place / "tecoa.pth.tar")
+    wide = dict(hidden_size=64, num_attention_heads=1)
+    tensors = open_clip_tensors(write_clip(place / "clip", image=wide, text=wide))
+    write_openai(place / "clip" / "ViT-B-32.pt", tensors)
     return place
 
 
@@ -166,20 +173,23 @@ def stand_in(patch, backbone, photos):
     from advtune.data import task
     from advtune.data.sources import open_folder
     from advtune.engines import Ray
+    from advtune.formats.spec import at_side
     from advtune.listing import HUB_BACKBONES
 
     def quick(name, options=(), attack=(), configure=methods.configure):
         method, recipe, attack = configure(name, options, attack)
         return method, replace(recipe, epochs=attack.replay if isinstance(attack, Free) else 1), attack
 
-    def known(name):
-        assert name in HUB_BACKBONES, f"{name} is not a backbone that advtune list names"
+    def known(name, kinds=()):
+        listed = (name, f"hf-hub:{name}") if kinds else (name,)
+        assert set(listed) & set(HUB_BACKBONES), f"{name} is not a backbone that advtune list names"
         return backbone
 
     for module in (methods, train, protocols):
         patch.setattr(module, "configure", quick)
     patch.setitem(pretrained.EMBEDDED, "mini", backbone)
     patch.setattr(pretrained, "download", known)
+    patch.setattr(pretrained, "at_side", lambda config, side: at_side(config, side * 16 // 224))
     patch.setattr(task, "open_named", lambda name: open_folder(str(photos)))
     patch.setattr(study, "plan", lambda wanted, plan=study.plan: plan(wanted)[:2])
     patch.setattr(cost, "SECONDS", 0.01)

@@ -13,6 +13,8 @@ HUB_BACKBONES = {
     "openai/clip-vit-base-patch16": "ViT-B/16 at 224",
     "openai/clip-vit-large-patch14": "ViT-L/14 at 224",
     "openai/clip-vit-large-patch14-336": "ViT-L/14 at 336",
+    "google/siglip-base-patch16-224": "SigLIP, ViT-B/16 at 224",
+    "hf-hub:chs20/fare2-clip": "FARE at eps 2/255, ViT-L/14 at 224, in open_clip's format",
 }
 
 END = {
@@ -70,7 +72,11 @@ def _backbones() -> list[dict[str, Any]]:
         "where": "embedded",
     }
     hub = [{"name": name, "about": about, "where": "hub"} for name, about in HUB_BACKBONES.items()]
-    local = {"name": "PATH", "about": "any Hugging Face CLIP folder, or a run folder", "where": "local"}
+    local = {
+        "name": "PATH",
+        "about": "a folder of Hugging Face's or open_clip's, a file of OpenAI's, or a run folder",
+        "where": "local",
+    }
     return [embedded, *hub, local]
 
 

@@ -41,7 +41,7 @@ def write_learned(source: Source, folder: Path) -> dict[str, Any]:
             name: {
                 "shape": list(value.shape),
                 "enters": ENTERS[name.removeprefix("prompts.")].format(
-                    first=f"{first}", last=f"{first} + P - 1" if first != 1 else "P"
+                    first=f"{first}", last="P" if first else "P - 1"
                 ),
             }
             for name, value in delta.items()
