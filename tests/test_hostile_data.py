@@ -18,6 +18,7 @@ from advtune.options import fill, parse_float
 from advtune.recipe import Recipe
 from advtune.report import render
 from advtune.results import Row, accuracy
+from advtune.study import from_facts
 from advtune.terminal import evaluated
 from conftest import write_images
 from test_hostile_images import encode, picture
@@ -227,6 +228,13 @@ def test_numbers_of_thousands_of_digits_are_texts():
             assert len(str(error.value)) < 200
     with pytest.raises(UserError, match="lr="):
         fill(Recipe(), {"lr": 10**400}, "recipe")
+
+
+@pytest.mark.parametrize("field", ["train_on", "backbone", "paper", "table", "protocol"])
+def test_a_study_with_nothing_where_a_text_stands(field):
+    facts = {"protocol": "few-shot", "methods": ["tecoa"], "data": ["dtd"], field: None}
+    with pytest.raises(UserError, match=f"study: {field}: None is not a text"):
+        from_facts(facts)
 
 
 # CSV
