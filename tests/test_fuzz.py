@@ -15,7 +15,7 @@ from fuzz import Parser, Told, changed, feed, fuzz, inputs, parsers
 PLACE = tempfile.TemporaryDirectory(prefix="advtune-fuzz-")  # for as long as the tests run
 PARSERS = parsers(Path(PLACE.name))
 ALL = list(HealthCheck)
-OURS, THEIRS = 200, 50  # inputs of our own making and of Hypothesis'
+THEIRS = 50  # inputs of Hypothesis
 TEXT = st.text(max_size=20)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -36,19 +36,25 @@ def made_for(parser):
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
 def test_a_parser_refuses_in_one_line_or_takes(parser):
     told = Told()
-    for value in inputs(parser, OURS, random.Random(parser.name)):
+    for value in inputs(parser, parser.quick, random.Random(parser.name)):
         feed(parser, value, told)
     assert not told.failures
-    assert told.refused < told.inputs == OURS, "a parser that takes nothing is not tested"
+    assert told.refused < told.inputs == parser.quick, "a parser that takes nothing is not tested"
 
-    @settings(max_examples=THEIRS, derandomize=True, database=None, deadline=None, suppress_health_check=ALL)
+    @settings(
+        max_examples=min(THEIRS, parser.quick),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=ALL,
+    )
     @given(made_for(parser))
     def one(value):
         feed(parser, value, told)
         assert not told.failures
 
     one()
-    assert told.inputs >= OURS + THEIRS
+    assert told.inputs >= parser.quick + min(THEIRS, parser.quick)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from advtune import Classifier, untrusted
 from advtune.cli import main
-from advtune.data import Split, load_images, load_task
+from advtune.data import Split, load_images, load_task, sources
 from advtune.data.sources import number
 from advtune.data.task import check_words, rename
 from advtune.errors import UserError
@@ -18,6 +18,7 @@ from advtune.options import fill, parse_float
 from advtune.recipe import Recipe
 from advtune.report import render
 from advtune.results import Row, accuracy
+from advtune.study import from_facts
 from advtune.terminal import evaluated
 from conftest import write_images
 from test_hostile_images import encode, picture
@@ -229,6 +230,13 @@ def test_numbers_of_thousands_of_digits_are_texts():
         fill(Recipe(), {"lr": 10**400}, "recipe")
 
 
+@pytest.mark.parametrize("field", ["train_on", "backbone", "paper", "table", "protocol"])
+def test_a_study_with_nothing_where_a_text_stands(field):
+    facts = {"protocol": "few-shot", "methods": ["tecoa"], "data": ["dtd"], field: None}
+    with pytest.raises(UserError, match=f"study: {field}: None is not a text"):
+        from_facts(facts)
+
+
 # CSV
 
 
@@ -281,6 +289,12 @@ def test_a_csv_may_name_files_anywhere_but_they_must_be_pictures(tmp_path):
     with pytest.raises(UserError, match=r"cannot decode ../secret.txt \(none of PNG") as error:
         load_images(load_task(spec), Split(part="all", resolution=8), progress=False)
     assert "password" not in str(error.value)
+
+
+def test_a_folder_that_goes_while_it_is_read(tmp_path, monkeypatch):
+    root = write_images(tmp_path / "set", train=1, test=1)
+    monkeypatch.setattr(sources, "_class_folders", lambda top: list((top / "gone").iterdir()))
+    fails("cannot be read: .*gone: No such file", f"folder:{root}")
 
 
 def test_a_pipe_or_folder_for_a_csv_is_not_waited_for(tmp_path):

@@ -333,7 +333,8 @@ def test_preprocessing_that_is_read():
     ["", "{", "[]", "null", "{}", '{"model": 3}', "[" * 100_000, '{"version": "1.0", "model": {"type": "BPE"}}',
      '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
      '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "\xff\xfe",
-     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "#"}}'],
+     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "#"}}',
+     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "x"}}'],
     ids=lambda text: text[:60],
 )  # fmt: skip
 def test_a_tokenizer_that_is_none(folder, text):
