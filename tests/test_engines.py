@@ -403,7 +403,7 @@ def cluster(markers):
 
     def befalls():
         """In each worker, between two steps of training with a seed: `kill-SEED` kills it, once for each line; `wait`
-        holds it until the file is gone; `error-SEED` is an error."""
+        holds it until the file is gone, `wait-deaf` whatever it is told; `error-SEED` is an error."""
         import os
         import signal
         import time
@@ -414,9 +414,13 @@ def cluster(markers):
 
         def watched(plan, models, batch, optimiser, rate, step, d):
             if step == 1:
-                while (markers / "wait").exists():
+                while (markers / "wait").exists() or (markers / "wait-deaf").exists():
                     (markers / f"waits-{plan.seed}").touch()
-                    time.sleep(0.05)
+                    try:
+                        time.sleep(0.05)
+                    except KeyboardInterrupt:
+                        if not (markers / "wait-deaf").exists():
+                            raise
                 kill = markers / f"kill-{plan.seed}"
                 if kill.exists():
                     left = kill.read_text().splitlines()[1:]
@@ -527,6 +531,7 @@ def test_an_interrupt_cancels_the_tasks_and_says_how_to_go_on(study, ray, marker
     whole, out = tmp_path / "whole", tmp_path / "ray"
     run_study(study, whole, show=False)
     (markers / "wait").touch()
+    monkeypatch.setattr("advtune.engines.ray.GRACE", 5)
     wait, asked = ray.wait, []
 
     def interrupted(refs, **how):
@@ -550,6 +555,27 @@ def test_an_interrupt_cancels_the_tasks_and_says_how_to_go_on(study, ray, marker
     assert len(outcome.rows) == 3
     assert in_folder(out) == in_folder(whole)
     assert lines(markers / "steps").count("0 0") == 1  # the checkpoint was gone on from
+
+
+@pytest.mark.slow
+def test_a_task_that_does_not_listen_is_ended(study, ray, markers, tmp_path, monkeypatch):
+    (markers / "wait-deaf").touch()
+    monkeypatch.setattr("advtune.engines.ray.GRACE", 3)
+    wait, run = ray.wait, plan(study)[1]
+
+    def interrupted(refs, **how):
+        if how:
+            return wait(refs, **how)
+        while not list(markers.glob("waits-*")):
+            wait(refs, timeout=0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(replace(study, methods=("tecoa",), seeds=(0,)), tmp_path / "ray", engine=Ray(), show=False)
+    (markers / "wait-deaf").unlink()
+    with grid.claimed(tmp_path / "ray", run):
+        pass
 
 
 @pytest.mark.slow

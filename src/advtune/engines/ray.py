@@ -183,9 +183,8 @@ def answer(ray: Any, ref: Any, run: Run, bench: Bench, retries: int) -> list[Fai
 
 
 def stop(ray: Any, refs: list[Any]) -> None:
-    """End tasks: as Ctrl-C would, and those that do not listen at once."""
-    for ref in refs:
-        ray.cancel(ref)
-    left = ray.wait(refs, num_returns=len(refs), timeout=GRACE)[1] if refs else []
-    for ref in left:
-        ray.cancel(ref, force=True)
+    """End tasks: as Ctrl-C would, and then those that do not listen; nobody works on their runs any more."""
+    for force in (False, True):
+        for ref in refs:
+            ray.cancel(ref, force=force)
+        refs = ray.wait(refs, num_returns=len(refs), timeout=GRACE)[1] if refs else []
