@@ -146,16 +146,24 @@ def ask(client: Any, config: dict[str, Any], session: str, kind: str, seed: int)
         content = png(seed) if kind == "upload" else b"no picture " * seed
         sent = client.post("/gradio_api/upload", files={"files": (f"{seed}.png", content, "image/png")})
         data[0] = {"path": sent.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
-    body = {"data": data, "fn_index": call["id"], "session_hash": session, "trigger_id": place}
+    answer = run(client, call["id"], place, session, data)
+    for after in (d for d in config["dependencies"] if d["trigger_after"] == call["id"] and d["backend_fn"]):
+        answer = run(client, after["id"], place, session, [values[i] for i in after["inputs"]])
+    return answer
+
+
+def run(client: Any, function: int, place: int, session: str, data: list[Any]) -> str:
+    """What one function of the page says last."""
+    body = {"data": data, "fn_index": function, "session_hash": session, "trigger_id": place}
     client.post("/gradio_api/queue/join", json=body).raise_for_status()
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as lines:
         for line in lines.iter_lines():
             message = json.loads(line[6:]) if line.startswith("data: ") else {}
             if message.get("msg") == "process_completed":
                 if not message["success"]:
-                    raise ValueError(f"{kind}: {message['output']}")
+                    raise ValueError(str(message["output"]))
                 return str(message["output"]["data"][-1])
-    raise ValueError(f"{kind}: no answer")
+    raise ValueError("no answer")
 
 
 # --- the watch ----------------------------------------------------------------------------------------------------
