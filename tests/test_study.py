@@ -460,7 +460,7 @@ def test_harmonic_means_by_hand(study, images, tmp_path):
 REFUSED = {
     "protocol": ({"protocol": "fewshot"}, "did you mean few-shot?"),
     "unknown key": ({"method_s": 1}, "did you mean methods?"),
-    "missing": ({"methods": None}, "methods is missing"),
+    "missing": ({"methods": None}, "missing; write"),
     "method": ({"methods": ["tecoaa"]}, "did you mean tecoa?"),
     "not a list": ({"methods": "tecoa"}, 'methods = ["tecoa"]'),
     "twice": ({"data": ["cifar10", "cifar10"]}, "data names cifar10 twice"),

@@ -29,7 +29,9 @@ openai/clip-vit-base-patch32  ViT-B/32 at 224, the papers' usual choice (hub)
 openai/clip-vit-base-patch16  ViT-B/16 at 224 (hub)
 openai/clip-vit-large-patch14  ViT-L/14 at 224 (hub)
 openai/clip-vit-large-patch14-336  ViT-L/14 at 336 (hub)
-PATH  any Hugging Face CLIP folder, or a run folder (local)
+google/siglip-base-patch16-224  SigLIP, ViT-B/16 at 224 (hub)
+hf-hub:chs20/fare2-clip  FARE at eps 2/255, ViT-L/14 at 224, in open_clip's format (hub)
+PATH  a folder of Hugging Face's or open_clip's, a file of OpenAI's, or a run folder (local)
 """
 USUAL = {"data": {"subset": "all", "name": "cats|dogs"}, "attack": ATTACK | {"norm": "linf"}}
 

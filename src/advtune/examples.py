@@ -47,8 +47,9 @@ it takes; the same without --dry-run does it, and goes on after a kill
       --out runs/few --dry-run
   advtune study base-to-new --methods capt --data fashion-mnist-mini \\
       --epochs 2 --out runs/base-new
-an array script for Slurm, a task a run, of a study that was begun
-  advtune study runs/few/study.toml --out runs/few --engine slurm
+an array script for Slurm, a task a run:
+  advtune study few-shot --methods tecoa --data fashion-mnist-mini \\
+      --shots 4 --seeds 0 1 --epochs 2 --out runs/array --engine slurm
 
 a study as a file, to keep; flags lie over what it says:
   protocol = "transfer"          # or another of those above

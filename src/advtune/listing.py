@@ -120,7 +120,7 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
         console.print(END["data"], soft_wrap=True)
     elif what == "backbones":
         for fact in facts:
-            console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})")
+            console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})", soft_wrap=True)
     else:
         for fact in facts:
             _show_options(console, fact)

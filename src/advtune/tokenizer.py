@@ -151,7 +151,8 @@ def bytes_to_letters() -> dict[int, str]:
 
 def _from_file(file: Path) -> Encoder:
     data = read_bytes(file)
-    if parse_json(data)["model"].get("continuing_subword_prefix"):  # CLIP has none, and the library panics over some
+    model = parse_json(data)["model"]
+    if model.get("type", "BPE") == "BPE" and model.get("continuing_subword_prefix"):  # the library panics over some
         raise ValueError("pieces with a prefix")
     return Encoder.from_buffer(data)
 
