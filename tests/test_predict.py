@@ -198,7 +198,8 @@ def test_a_folder_to_a_table(tuned, tmp_path, capsys):
         bad.unlink()
     printed = capsys.readouterr()
     assert code == 1
-    assert printed.err == f"advtune: {bad}: not a readable image; give another file\n"
+    formats = "PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM"
+    assert printed.err == f"advtune: {bad}: not a readable image (none of {formats}); give another file\n"
     assert printed.out == f"{tmp_path / 'a.csv'}: 12 images, 1 could not be read\n"
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert [row["path"] for row in rows] == sorted([*map(str, (images / "test").rglob("*.png")), str(bad)])

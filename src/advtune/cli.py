@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return VERBS[args.verb](args) or 0
     except UserError as error:
-        print(f"advtune: error: {visible(str(error))}", file=sys.stderr)
+        print(f"advtune: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 0

@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from advtune.untrusted import visible
+
+LONGEST = 1200  # letters of a message
+
 
 def suggest(word: object, known: Iterable[str], n: int = 1) -> str:
     """`did you mean tecoa?` for a word that is close to one of those known (or to up to n), else nothing.
@@ -27,4 +31,11 @@ def _folded(name: str) -> str:
 
 
 class UserError(ValueError):
-    """A bad input. The message is one line that says what is wrong and what to do; the CLI exits with 2."""
+    """A bad input. The message is one line that says what is wrong and what to do; the CLI exits with 2.
+
+    It may quote what a stranger wrote: control characters are written out, and the middle of a long one is left out.
+    """
+
+    def __init__(self, message: object) -> None:
+        text = visible(str(message))
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}")

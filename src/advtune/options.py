@@ -154,7 +154,9 @@ def pairs(given: Iterable[str] | Mapping[str, Any], what: str) -> dict[str, Any]
     if isinstance(given, Mapping):
         return dict(given)
     found: dict[str, Any] = {}
-    for pair in [given] if isinstance(given, str) else given:
+    for pair in [given] if isinstance(given, str) or not isinstance(given, Iterable) else given:
+        if not isinstance(pair, str):
+            raise UserError(f"{what}: {_shown(pair)} is not an option; write key=value")
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key:
             raise UserError(f"{what}: {_shown(pair)} is not an option; write key=value")

@@ -23,7 +23,9 @@ from advtune.data.images import decode, fit
 from advtune.data.sources import SUFFIXES
 from advtune.data.task import TEMPLATE, Words, check_words, read_classes, rename
 from advtune.errors import UserError
+from advtune.preprocess import NARROW
 from advtune.progress import track
+from advtune.untrusted import IMAGE_BYTES, cell, is_there, read_bytes, visible
 from advtune.vlm import VLM
 
 Picture: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Tensor
@@ -153,7 +155,7 @@ def pixels(image: Picture, side: int) -> Tensor:
     elif isinstance(image, Image.Image):
         array = fit(image, side)
     elif isinstance(image, str | Path | bytes):
-        array = decode(image if isinstance(image, bytes) else Path(image).read_bytes(), side)
+        array = decode(image if isinstance(image, bytes) else read_bytes(Path(image), IMAGE_BYTES), side)
     else:
         raise UserError(f"{type(image).__name__} is not an image; give {KINDS}")
     return torch.from_numpy(array.copy()).float() / 255
@@ -163,6 +165,8 @@ def checked(x: Tensor) -> Tensor:
     """A float tensor [3, H, W] in [0, 1]. Raises UserError for any other."""
     if not x.is_floating_point() or x.dim() != 3 or x.shape[0] != 3 or x.numel() == 0:
         raise UserError(f"a tensor of {x.dtype} {list(x.shape)} is not an image; give {KINDS}")
+    if max(x.shape) > NARROW * min(x.shape[1:]):
+        raise UserError(f"a tensor of {list(x.shape)} is too narrow; cut it nearer to a square")
     if not bool(((x >= 0) & (x <= 1)).all()):  # false for nan as well
         low, high = float(x.min()), float(x.max())
         raise UserError(f"pixels from {low:g} to {high:g} are not in [0, 1]; divide by 255, do not normalise")
@@ -174,12 +178,12 @@ def find(paths: Sequence[str]) -> list[Path]:
     path that is not there and a folder without images."""
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if is_there(path, Path.is_dir):
             inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise UserError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
             found += inside
-        elif path.exists():
+        elif is_there(path):
             found.append(path)
         else:
             raise UserError(f"{path}: there is no such file or folder")
@@ -198,7 +202,7 @@ def table(classifier: Classifier, files: Sequence[Path], top: int = 5, show: boo
 
 def write_csv(records: Iterable[dict[str, Any]], file: Path, top: int) -> Iterator[dict[str, Any]]:
     """Pass the records on and write them to a file, which is there when all are: path, label, probability, label_2,
-    probability_2, ..., error."""
+    probability_2, ..., error; texts as no spreadsheet computes them."""
     columns = [f"{name}_{k}" if k > 1 else name for k in range(1, top + 1) for name in ("label", "probability")]
     with replacing(file) as beside, beside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -206,7 +210,7 @@ def write_csv(records: Iterable[dict[str, Any]], file: Path, top: int) -> Iterat
         for record in records:
             values = [value for each in record.get("top", ()) for value in each.values()]
             blank = [""] * (len(columns) - len(values))
-            writer.writerow([record["path"], *values, *blank, record.get("error", "")])
+            writer.writerow(map(cell, [record["path"], *values, *blank, record.get("error", "")]))
             yield record
 
 
@@ -224,7 +228,7 @@ def run(
     for record in records:
         if "error" in record:
             bad += 1
-            print(f"advtune: {record['error']}", file=sys.stderr)
+            print(f"advtune: {visible(record['error'])}", file=sys.stderr)
         if as_json or ("error" not in record and not csv_file):
             print(line(record, as_json))
     if csv_file and not as_json:
@@ -237,4 +241,4 @@ def line(record: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps(record)
     first, *others = (f"{each['label']} {100 * each['probability']:.1f} %" for each in record["top"])
-    return f"{record['path']}: {first}" + (f" ({', '.join(others)})" if others else "")
+    return visible(f"{record['path']}: {first}" + (f" ({', '.join(others)})" if others else ""))

@@ -94,17 +94,21 @@ def from_config(config: Mapping[str, Any]) -> Preprocess:
     Raises UserError on an interpolation other than bilinear or bicubic, a size that says nothing, and as Preprocess.
     """
     resample = config.get("resample", 3)
-    if resample not in INTERPOLATION:
+    if not isinstance(resample, int) or resample not in INTERPOLATION:
         raise UserError(f"preprocessor_config.json: resample {resample!r:.40} is not bilinear (2) or bicubic (3)")
     default = Preprocess()
     normalise = config.get("do_normalize", True)
     return Preprocess(
         resize=_resize(config.get("size", 224)) if config.get("do_resize", True) else None,
         crop=_crop(config.get("crop_size", 224)) if config.get("do_center_crop", True) else None,
-        mean=tuple(config.get("image_mean", default.mean)) if normalise else (0.0, 0.0, 0.0),
-        std=tuple(config.get("image_std", default.std)) if normalise else (1.0, 1.0, 1.0),
+        mean=_values(config.get("image_mean", default.mean)) if normalise else (0.0, 0.0, 0.0),
+        std=_values(config.get("image_std", default.std)) if normalise else (1.0, 1.0, 1.0),
         mode=INTERPOLATION[resample],
     )
+
+
+def _values(numbers: Any) -> Any:
+    return tuple(numbers) if isinstance(numbers, list) else numbers
 
 
 def _resize(size: Any) -> Any:
@@ -120,7 +124,7 @@ def _resize(size: Any) -> Any:
 def _crop(size: Any) -> Any:
     if isinstance(size, int):
         return size
-    if not isinstance(size, Mapping) or size.get("height") != size.get("width"):
+    if not isinstance(size, Mapping) or "height" not in size or size["height"] != size.get("width"):
         raise UserError(f"preprocessor_config.json: crop_size {size!r:.60} is not square")
     return size["height"]
 

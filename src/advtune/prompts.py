@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,25 @@ class FixedPrompts(nn.Module):
 
     def forward(self) -> Learned:
         return Learned(self.text, self.image, self.pad)
+
+
+def fixed(clip: CLIP, learned: Mapping[str, Tensor | None]) -> FixedPrompts:
+    """Stored prompts for these towers. Raises UserError for a tensor that does not fit them."""
+    config = clip.config
+    side = config.image_size
+    room = {"text": (config.text, config.context - 3), "image": (config.image, side**2)}
+    for name, value in learned.items():
+        shape = () if value is None else tuple(value.shape)
+        if name == "pad":
+            fits = shape == (3, side, side)
+        else:
+            tower, most = room[name]
+            kinds = (3, 4) if name == "text" else (3,)
+            fits = len(shape) in kinds and 0 < shape[0] <= tower.layers and shape[-1] == tower.width
+            fits = fits and 0 < shape[-2] <= most and 0 not in shape
+        if value is not None and not fits:
+            raise UserError(f"learned tensor prompts.{name} of shape {shape} does not fit the backbone; tune again")
+    return FixedPrompts(**learned)
 
 
 class LayerMaps(nn.Module):

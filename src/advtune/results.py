@@ -17,6 +17,8 @@ from typing import Any
 
 from advtune import __version__
 from advtune.errors import UserError
+from advtune.kinds import check_kinds
+from advtune.untrusted import parse_json
 
 SCHEMA = 1
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
@@ -105,6 +107,7 @@ class Row:
     flags: dict[str, str]  # clean, robust, after <stage>: one 0 or 1 an image, in the split's order
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.schema != SCHEMA:
             raise ValueError(f"schema {self.schema}, this version reads {SCHEMA}")
         if (self.attack is None) != (self.robust is None):
@@ -126,7 +129,7 @@ class Row:
     @classmethod
     def from_json(cls, text: str | bytes) -> Row:
         """Raises ValueError when the text is not a row, or one of another schema."""
-        facts = json.loads(text, parse_constant=_not_a_number)
+        facts = parse_json(text, _not_a_number)
         if not isinstance(facts, dict) or "schema" not in facts:
             raise ValueError("not a result row")
         if facts["schema"] != SCHEMA:
@@ -232,7 +235,7 @@ def _cut(line: bytes) -> bool:
         return START.startswith(line)
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False  # whole, so not cut: a row of another schema, or a wrong one
 

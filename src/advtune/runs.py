@@ -11,25 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import advtune
+from advtune import untrusted
 from advtune.errors import UserError
 from advtune.formats.spec import Spec, parse
 from advtune.preprocess import Preprocess
 from advtune.pretrained import EMBEDDED
 from advtune.results import write_atomic
-from advtune.untrusted import expanded
+from advtune.untrusted import expanded, is_there, visible
 from advtune.vlm import VLM, Origin, load_vlm
+from advtune.weights import check_floats
 
 CONFIG, DELTA, LOG, RESULTS = "config.json", "delta.safetensors", "train.jsonl", "results.jsonl"
 IMAGES = "images.json"
+DEEP = 20  # runs on runs
 
 
 def is_run(name: str | Path) -> bool:
     """Whether a folder is a finished run."""
-    return (Path(name) / DELTA).is_file() and (Path(name) / CONFIG).is_file()
+    return all(is_there(Path(name) / file, Path.is_file) for file in (DELTA, CONFIG))
 
 
 def load(name: str, device: str = "auto", precision: str = "auto", compile: bool = False) -> VLM:
@@ -42,7 +44,7 @@ def load(name: str, device: str = "auto", precision: str = "auto", compile: bool
     device = check_device(device)
     if name not in EMBEDDED and is_run(name):
         return load_run(Path(name), device, precision, compile)
-    if Path(f"{name}.partial").is_dir():
+    if is_there(Path(f"{name}.partial"), Path.is_dir):
         raise UserError(f"{name}: the run is not finished; go on with: advtune train ... --out {name} --resume")
     if name != (base := parse(name).name) and is_run(base):
         raise UserError(f"{base} is a run, and stays with the backbone and image size it was tuned on; tune another")
@@ -63,6 +65,7 @@ def check_device(device: str) -> str:
 
 def load_run(folder: Path, device: str, precision: str, compile: bool = False) -> VLM:
     """The tuned model of a run folder: its backbone, checked by content, with the delta applied."""
+    below(str(folder))
     config = read_config(folder)
     facts = config["backbone"]
     base = load(backbone_of(folder, config), device, precision, compile)
@@ -70,12 +73,29 @@ def load_run(folder: Path, device: str, precision: str, compile: bool = False) -
         raise UserError(f"{folder}: backbone {facts['name']!r} has other content than the one the run was tuned on")
     try:
         delta = load_file(folder / DELTA)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / DELTA}: truncated or damaged ({error}); tune again") from error
+    except Exception as error:  # the library raises nearly anything on hostile bytes
+        raise UserError(f"{folder / DELTA}: truncated or damaged ({visible(str(error))[:120]}); tune again") from error
+    for name, value in delta.items():
+        check_floats(visible(name)[:60], value, folder / DELTA)
     stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["preprocess"].items()}
-    model = base.with_delta(delta).with_preprocess(Preprocess(**stored))
+    try:
+        preprocess = Preprocess(**stored)
+    except TypeError:
+        raise UserError(f"{folder / CONFIG}: its preprocessing makes no sense; tune again") from None
+    model = base.with_delta(delta).with_preprocess(preprocess)
     model.template, model.classes = config.get("prompt_template", ""), tuple(config.get("prompt_classes", ()))
     return settle(model, base, config, read_json(folder / IMAGES), folder)
+
+
+def below(name: str) -> list[str]:
+    """A model's name, and what it was tuned on, and that, down to the backbone. Raises UserError for runs that stand on
+    each other."""
+    found = [name]
+    while found[-1] not in EMBEDDED and is_run(found[-1]):
+        if len(found) > DEEP:
+            raise UserError(f"{name}: stands on more than {DEEP} runs, or on itself; tune again")
+        found.append(backbone_of(Path(found[-1]), read_config(Path(found[-1]))))
+    return found
 
 
 def backbone_of(folder: Path, config: dict[str, Any]) -> str:
@@ -114,13 +134,19 @@ def short(hashes: list[str]) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run folder. Raises UserError when it is not there or damaged."""
-    return read_json(folder / CONFIG)
+    """config.json of a run folder. Raises UserError when it is not there, damaged, or does not say what a run is of."""
+    config = read_json(folder / CONFIG)
+    facts = config.get("backbone") if isinstance(config, dict) else None
+    texts = [facts.get(key) for key in ("name", "path", "sha256")] if isinstance(facts, dict) else [None]
+    tables = [config.get(key) for key in ("train", "preprocess")] if isinstance(config, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{folder / CONFIG}: is not of a run, or damaged; tune again")
+    return config
 
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return untrusted.read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: missing or damaged ({error}); tune again") from None
 

@@ -93,7 +93,7 @@ def typed(facts: Mapping[str, Any]) -> None:
             if not (name == "shots" and value == "all"):
                 one_of_kind(value, kind, name)
     for name, kind in SINGLE.items():
-        if facts.get(name) is not None:
+        if facts.get(name) is not None or (kind is str and name in facts):
             one_of_kind(facts[name], kind, name)
     tables = {name: facts.get(name, {}) for name in TABLES}
     for name in tables["method"] if isinstance(tables["method"], Mapping) else ():

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from advtune.listing import END, FASTER, recipes, show, shown, source, training
+from advtune.untrusted import visible
 
 LOUD = ("alarm", "warning")  # how a line begins that must not be overlooked
 ROOM = 30  # columns that the words beside the numbers need
@@ -50,7 +51,7 @@ def evaluated(rows: Sequence[Any]) -> None:
     """Print result rows: on a terminal as one table with what must be known below it, else as sentences."""
     notes = remarks(rows)
     if not on_terminal():
-        print("\n".join([sentence(row) for row in rows] + notes))
+        print("\n".join(visible(line) for text in [sentence(row) for row in rows] + notes for line in text.split("\n")))
         return
     console, table = Console(highlight=False), [["Method", "Data", "Attack", "n", "Clean %", "Robust %"]]
     for row in rows:
@@ -115,14 +116,14 @@ def grid(rows: Sequence[Sequence[str]], right: Sequence[bool], width: int) -> Ta
         table.add_column(Text(title), justify="right" if number else "left", overflow="fold",
                          no_wrap=number and numbers + ROOM <= width, style="" if i else "cyan")  # fmt: skip
     for row in rows[1:]:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(text)) for text in row))
     return table
 
 
 def say(console: Console, lines: Sequence[str]) -> None:
     """Print lines, the loud ones in red."""
     for line in lines:
-        console.print(Text(line, style="bold red" if loud(line) else ""))
+        console.print(Text(visible(line), style="bold red" if loud(line) else ""))
 
 
 def loud(line: str) -> bool:

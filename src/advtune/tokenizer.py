@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advtune.clip import ClipConfig
 from advtune.errors import UserError
-from advtune.untrusted import TEXT_BYTES, read_bytes, read_json, visible
+from advtune.untrusted import TEXT_BYTES, parse_json, read_bytes, read_json, visible
 
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 OPENAI = "bpe_simple_vocab_16e6.txt.gz"
@@ -112,10 +112,7 @@ def load_encoder(folder: Path) -> Encoder:
         raise UserError(f"{folder}: no tokenizer (tokenizer.json, vocab.json and merges.txt, or {OPENAI})")
     what = file if file.is_file() else pair[0] if pair[0].is_file() else packed
     try:
-        if what == packed:
-            encoder = _from_openai(packed)
-        else:
-            encoder = Encoder.from_buffer(read_bytes(file)) if what == file else _from_pair(*pair)
+        encoder = _from_openai(packed) if what == packed else _from_file(file) if what == file else _from_pair(*pair)
         encoder.no_padding()
         encoder.no_truncation()
         encoder.encode("a photo", add_special_tokens=False)  # some damage shows only now
@@ -149,6 +146,15 @@ def bytes_to_letters() -> dict[int, str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _from_file(file: Path) -> Encoder:
+    data = read_bytes(file)
+    model = parse_json(data)["model"]
+    # BERT's has one, CLIP's has none, and the library panics over some.
+    if model.get("type") != "WordPiece" and model.get("continuing_subword_prefix"):
+        raise ValueError("pieces with a prefix")
+    return Encoder.from_buffer(data)
 
 
 def _from_pair(vocabulary: Path, merges: Path) -> Encoder:

@@ -43,10 +43,11 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path))
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError for what is not JSON, or nested beyond what Python can follow."""
+def parse_json(text: str | bytes, constant: Callable[[str], Any] | None = None) -> Any:
+    """What JSON says; `constant` makes something of NaN and Infinity. Raises ValueError for what is not JSON, or nested
+    beyond what Python can follow."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -55,7 +56,7 @@ def expanded(name: str | Path) -> Path:
     """The path, with ~ for the home of a user that there is."""
     try:
         return Path(name).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # no such user, or no name of one
         return Path(name)
 
 

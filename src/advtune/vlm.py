@@ -20,7 +20,7 @@ from advtune.memory import room
 from advtune.portions import encode
 from advtune.preprocess import Preprocess
 from advtune.pretrained import read_pretrained
-from advtune.prompts import FixedPrompts, Learned, Prompts
+from advtune.prompts import FixedPrompts, Learned, Prompts, fixed
 from advtune.tokenizer import Tokenizer
 
 Classifier = Callable[[Tensor], Tensor]  # images [B, 3, any, any] in [0, 1] -> logits [B, C]
@@ -150,11 +150,11 @@ class VLM(nn.Module):
         if any(name.startswith("clip.") for name in delta):
             model = self.with_image_tower()
         if any(name.startswith("prompts.") for name in delta):
-            prompts = FixedPrompts(*(delta.get(f"prompts.{name}") for name in Learned._fields))
+            prompts = fixed(self.clip, {name: delta.get(f"prompts.{name}") for name in Learned._fields})
             model = self._like(model.clip, prompts, ("prompts.",))
         parameters = dict(model.named_parameters())
         for name, value in delta.items():
-            if name.startswith("prompts."):
+            if name in [f"prompts.{each}" for each in Learned._fields]:
                 continue
             if name not in parameters or parameters[name].shape != value.shape:
                 raise UserError(f"learned tensor {name} does not fit backbone {self.origin.name}")

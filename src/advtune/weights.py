@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advtune.configuration import table_of
 from advtune.errors import UserError
-from advtune.untrusted import visible
+from advtune.untrusted import is_there, visible
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -38,7 +38,7 @@ def _shards(folder: Path, index: Path, ending: str) -> list[str]:
     for name in sorted(set(names)):
         if Path(name).name != name or "\\" in name or not name.endswith(f".{ending}"):
             raise UserError(f"{index}: names {visible(name)[:60]!r}, not a .{ending} file beside it; do not trust this")
-        if not (folder / name).is_file():
+        if not is_there(folder / name, Path.is_file):
             raise UserError(f"{folder}: shard {visible(name)} is named by {index.name} but missing")
     return sorted(set(names))
 

@@ -42,15 +42,18 @@ class Journal:
             return None
         try:
             line = json.loads(self.lines[self.used])
-        except ValueError:  # cut by the kill
+        except (ValueError, RecursionError):  # cut by the kill
             line = {}
+        line = line if isinstance(line, dict) else {}
         whole = self.lines[self.used].endswith(b"\n")
-        if not whole or (line.get("stage"), line.get("rows")) != (stage, rows.tolist()):
+        stands = line.get("stands")
+        known = isinstance(stands, list) and len(stands) == len(rows) and all(one in (True, False) for one in stands)
+        if not (whole and known) or (line.get("stage"), line.get("rows")) != (stage, rows.tolist()):
             del self.lines[self.used :]
             write_atomic(self.path, b"".join(self.lines))
             return None
         self.used += 1
-        return torch.tensor(line["stands"], dtype=torch.bool)
+        return torch.tensor(stands, dtype=torch.bool)
 
     def add(self, stage: str, rows: Tensor, stands: Tensor) -> None:
         """Keep an answer, on the disk before this returns."""

@@ -26,6 +26,7 @@ from advtune.data.task import Task
 from advtune.errors import UserError
 from advtune.memory import room
 from advtune.progress import track
+from advtune.untrusted import visible
 
 DECODER = f"2, Pillow {PIL.__version__}"  # the number goes up with every change to `decode`
 Decoded = tuple[torch.Tensor, torch.Tensor, dict[int, str]]  # x uint8 [N, 3, S, S], good bool [N], why bad
@@ -80,7 +81,7 @@ def load_images(task: Task, split: Split, *, cache: Path | None = None, progress
     bad = [i for i, ok in enumerate(good.tolist()) if not ok]
     if bad and (split.on_bad == "fail" or len(bad) == len(records)):
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        why = reasons.get(bad[0], "not a readable image")
+        why = reasons.get(bad[0]) or _why(records.read(bad[0]), split.resolution)  # the cache keeps no reasons
         raise UserError(f"cannot decode {records.ids[bad[0]]}{more} ({why}); mend it, or use on_bad=skip")
     if bad:
         x, y = x[good], y[good]
@@ -102,7 +103,7 @@ def decode(data: bytes, resolution: int | str) -> np.ndarray:
     try:
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"not a picture, or in none of the formats {', '.join(FORMATS)}") from None
+        raise ValueError(f"none of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than {PIXELS / 1e6:.0f} million pixels") from None
     with opened:
@@ -196,7 +197,7 @@ def decode_all(
         except UserError:
             raise
         except Exception as error:  # Pillow raises nearly anything on hostile bytes
-            reasons[i] = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            reasons[i] = _reason(error)
             return
         with lock:
             if arrays is None:
@@ -216,6 +217,18 @@ def decode_all(
         sizes = f"{width}x{height} and {w}x{h} ({records.ids[i]})"
         raise UserError(f"native resolution needs one size, but there are {sizes}; give a side such as 224")
     return torch.from_numpy(x), torch.from_numpy(good), reasons
+
+
+def _reason(error: Exception) -> str:
+    return visible((str(error).splitlines() or [type(error).__name__])[0])[:120]
+
+
+def _why(data: bytes, resolution: int | str) -> str:
+    try:
+        decode(data, resolution)
+    except Exception as error:
+        return _reason(error)
+    return "not a readable image"
 
 
 def cache_key(hashes: list[str], resolution: int | str) -> str:

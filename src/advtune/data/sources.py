@@ -113,6 +113,13 @@ def open_folder(path: str) -> Source:
     root = existing(path, "folder")
     if not root.is_dir():
         raise UserError(f"folder:{path} is a file; give the folder that holds one folder a class")
+    try:
+        return _listed(root, path)
+    except OSError as error:  # not ours to read, or gone meanwhile
+        raise UserError(f"folder:{path} cannot be read: {error.filename}: {error.strerror}") from None
+
+
+def _listed(root: Path, path: str) -> Source:
     below = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
     known = {"train", "test", *VAL_NAMES}
     if ("train" in below and known & (set(below) - {"train"})) or (below and set(below) <= known):

@@ -14,7 +14,7 @@ from advtune.data.catalog import entry, names
 from advtune.data.task import TEMPLATE, Words
 from advtune.formats.spec import Spec, parse
 from advtune.predict import words
-from advtune.pretrained import EMBEDDED, locate
+from advtune.pretrained import locate
 from advtune.results import Row, read
 from advtune.untrusted import HUB_ID, expanded
 from advtune.vlm import VLM
@@ -56,11 +56,7 @@ def open_source(name: str, classes: Words | None, template: str | None, out: Pat
 
 def foundation(name: str) -> str:
     """The backbone that a chain of runs ends in: embedded, a folder or a hub id."""
-    while name not in EMBEDDED and runs.is_run(name):
-        facts = runs.read_config(Path(name))["backbone"]
-        beside = Path(name) / facts["path"]
-        name = str(beside) if facts["path"] and beside.is_dir() else facts["name"]
-    return name
+    return runs.below(name)[-1]
 
 
 def plain(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -89,12 +89,12 @@ def configure(
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; {near(name, METHODS)}")
     what, method = f"method {name}", METHODS[name]()
-    options = [options] if isinstance(options, str) else options
+    options = [options] if isinstance(options, str) or not isinstance(options, Iterable) else options
     if isinstance(options, Mapping):
         given: Any = dict(options)
         preset = given.pop("preset", None)
     else:
-        named = [p for p in options if p.partition("=")[0].strip() == "preset"]
+        named = [p for p in options if isinstance(p, str) and p.partition("=")[0].strip() == "preset"]
         given = [p for p in options if p not in named]
         preset = named[-1].partition("=")[2].strip() if named else None
     if preset is not None:

@@ -13,6 +13,7 @@ from advtune.errors import UserError
 from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.table import BLIND, flat, pixels, sections, shown, slice_name, table
 from advtune.results import Row
+from advtune.untrusted import cell, visible
 
 Line = dict[str, Any]
 CAPTION = (
@@ -34,6 +35,7 @@ LATEX = {
     "·": r"$\cdot$",
     "\n": " ",
     "\r": " ",
+    "\t": " ",
 } | {special: "\\" + special for special in "&%_#${}"}
 LONG = 24  # letters of a cell, beyond which its column is broken into lines
 LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"  # those of Latin-1 that OT1 fonts have
@@ -224,14 +226,14 @@ def _column(texts: Iterable[str]) -> str:
 
 
 def csv_text(lines: Sequence[Line]) -> str:
-    """One record a line; nested facts as dotted columns, lists as JSON."""
+    """One record a line; nested facts as dotted columns, lists as JSON, texts as no spreadsheet computes them."""
     records = [flat(line) for line in lines]
     columns = list(dict.fromkeys(key for record in records for key in record))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for record in records:
-        writer.writerow([_field(record.get(key)) for key in columns])
+        writer.writerow([cell(_field(record.get(key))) for key in columns])
     return out.getvalue()
 
 
@@ -247,10 +249,13 @@ def json_text(lines: Sequence[Line]) -> str:
 
 def escape(text: str) -> str:
     """Plain text for GitHub: no table bar, emphasis, link, HTML or formula comes out of a name."""
-    text = re.sub(r"([\\`*\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*\[\]<>|~$&])", r"\\\1", visible(" ".join(text.split())))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
 def tex(text: str) -> str:
     """Plain text for LaTeX; a letter that a bare article cannot set is written as its code point."""
-    return "".join(LATEX.get(c) or (c if c.isascii() or c in LETTERS else f"{{[}}U+{ord(c):04X}]") for c in text)
+    return "".join(
+        LATEX.get(c) or (c if (c.isascii() and c.isprintable()) or c in LETTERS else f"{{[}}U+{ord(c):04X}]")
+        for c in text
+    )

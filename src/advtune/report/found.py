@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from advtune.report.formats import label
 from advtune.report.table import lines_with_rows, sections
 from advtune.results import Row, read
+from advtune.untrusted import parse_json, read_json
 
 CONFIG, DELTA, LOG = "config.json", "delta.safetensors", "train.jsonl"  # of a run folder, see advtune.runs
 NO_TERMS = ("step", "epoch", "cycle", "lr")  # of a line of the log: where it stands
@@ -47,8 +47,10 @@ def gather(files: Sequence[Path]) -> tuple[list[Row], dict[str, Path]]:
 
 def _is_run_of(place: Path, row: Row) -> bool:
     try:
-        config = json.loads((place / CONFIG).read_text())
+        config = read_json(place / CONFIG)
     except (OSError, ValueError):
+        return False
+    if not isinstance(config, dict):
         return False
     return (place / DELTA).is_file() and (config.get("method"), config.get("options")) == (row.method, row.options)
 
@@ -88,7 +90,7 @@ def log_of(folder: Path) -> list[dict[str, float]]:
         return []
     for each in text.splitlines():
         try:
-            facts = json.loads(each)
+            facts = parse_json(each)
         except ValueError:
             continue
         if isinstance(facts, dict) and "step" in facts:

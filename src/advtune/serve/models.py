@@ -89,8 +89,7 @@ def runs_under(folder: Path) -> dict[str, Path]:
 
 def undefended(folder: Path) -> str:
     """The backbone below a run, and below the runs that it was tuned on."""
-    name = runs.backbone_of(folder, runs.read_config(folder))
-    return undefended(Path(name)) if name not in EMBEDDED and runs.is_run(name) else name
+    return runs.below(str(folder))[-1]
 
 
 def quick_run(entry: Entry, device: str = "auto") -> Path:
@@ -128,15 +127,26 @@ def open_task(shelf: Shelf, spec: str | None = None) -> Task:
 
 
 def examples(task: Task) -> list[Example]:
-    """The first pictures of each class of the test part, a class after the other."""
+    """The first pictures of each class of the test part that the page can read, a class after the other. Raises
+    UserError when there is none."""
     part, taken = named_part(task, "test"), Counter[int]()
     each = max(1, min(EACH, EXAMPLES // len(task.classes)))
     chosen = []
     for i, label in enumerate(part.labels):
-        if taken[label] < each and label < EXAMPLES:
+        if taken[label] < each and label < EXAMPLES and _is_readable(data := part.read(i)):
             taken[label] += 1
-            chosen.append((label, i))
-    return [Example(part.read(i), task.classes[label]) for label, i in sorted(chosen)]
+            chosen.append((label, i, data))
+    if not chosen:
+        raise UserError(f"{task.spec}: none of its pictures can be shown; give another set with --data")
+    return [Example(data, task.classes[label]) for label, _, data in sorted(chosen)]
+
+
+def _is_readable(data: bytes) -> bool:
+    try:
+        read_picture(data, 8)
+    except UserError:
+        return False
+    return True
 
 
 def words(task: Task) -> str:

@@ -10,11 +10,13 @@ import gradio as gr
 from PIL import Image
 
 from advtune.data import Task
+from advtune.data.images import FORMATS, to_rgb, upright
 from advtune.errors import UserError
 from advtune.serve import panels
 from advtune.serve.models import Example, Shelf, words
 from advtune.serve.play import (
     EPS,
+    MEGABYTES,
     OFFERS,
     TEMPLATE_LETTERS,
     Offer,
@@ -25,6 +27,7 @@ from advtune.serve.play import (
     read_picture,
     to_png,
 )
+from advtune.untrusted import read_bytes
 
 OWN = "what each model says"
 INTRO = """# Fool the model
@@ -129,10 +132,12 @@ def answered(
 def received(shelf: Shelf, file: str, before: Example, *rest: Any) -> tuple[Example, str, str]:
     """The picture that was sent, how it is seen and what is said of it; the one before, if it cannot be read."""
     try:
-        sent = Example(Path(file).read_bytes(), "")
+        sent = Example(read_bytes(Path(file), MEGABYTES * 1_000_000), "")
         preview = seen(sent, shelf)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return before, seen(before, shelf), panels.sentence(str(error))
+    except OSError as error:
+        return before, seen(before, shelf), panels.sentence(f"The file cannot be read: {error.strerror}.")
     return sent, preview, answered(shelf, sent, *rest)
 
 
@@ -152,7 +157,7 @@ def leads(names: str, before: str) -> gr.Dropdown:
 
 
 def thumb(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as opened:
-        small = opened.convert("RGB")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        small = to_rgb(upright(opened))
     small.thumbnail((THUMB, THUMB))
     return small

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from advtune.attacks import ATTACKS, Attack
 from advtune.data.images import decode
 from advtune.errors import UserError
 from advtune.options import as_options, fill
+from advtune.untrusted import UNSEEN
 from advtune.vlm import VLM
 from advtune.withstand import seeded
 
@@ -115,7 +117,7 @@ def read_picture(data: bytes, side: int) -> Tensor:
 
 def read_classes(text: str) -> tuple[str, ...]:
     """Names on lines of their own, or on one with commas between them. Raises UserError, a sentence for the page."""
-    parts = text.strip().splitlines()
+    parts = (text := text or "").strip().splitlines()
     names = tuple(name for part in (parts if len(parts) > 1 else text.split(",")) if (name := " ".join(part.split())))
     if len(names) < 2:
         raise UserError("Type two or more class names with commas between them, such as: cat, dog.")
@@ -125,18 +127,22 @@ def read_classes(text: str) -> tuple[str, ...]:
     for name in names:
         if len(name) > LETTERS:
             raise UserError(f"The class name “{name[:20]}…” is too long; give at most {LETTERS} letters.")
+        if UNSEEN.search(name):
+            raise UserError("A class name holds a control character; leave it out.")
         if set("{}") & set(name):
             raise UserError(f"The class name “{name}” holds a brace; leave it out.")
-        if name.casefold() in seen:
+        folded = unicodedata.normalize("NFC", name).casefold()
+        if folded in seen:
             raise UserError(f"The class name “{name}” is given twice; give each once.")
-        seen[name.casefold()] = name
+        seen[folded] = name
     return names
 
 
 def check_template(template: str) -> str:
     """The text around a class name. Raises UserError unless it holds exactly one {} and no other brace."""
-    template = " ".join(template.split())
-    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")) or len(template) > TEMPLATE_LETTERS:
+    template = " ".join((template or "").split())
+    braces = template.count("{}") == 1 and not set("{}") & set(template.replace("{}", ""))
+    if not braces or UNSEEN.search(template) or len(template) > TEMPLATE_LETTERS:
         raise UserError("The text around the names must hold {} once, where the name goes: a photo of a {}.")
     return template
 
@@ -147,6 +153,8 @@ def make_attack(name: str, eps: float, budget: float) -> Attack:
     if name not in OFFERS:
         raise UserError(f"The page has no attack {name}; choose one of {', '.join(OFFERS)}.")
     offer = OFFERS[name]
+    if not all(isinstance(number, int | float) for number in (eps, budget)):
+        raise UserError("eps and the number of steps must be numbers.")
     if not 0 <= eps <= EPS:
         raise UserError(f"eps is {eps:g}/255; choose one from 0 to {EPS}/255.")
     if offer.field and not 1 <= budget <= offer.most:
