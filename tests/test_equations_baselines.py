@@ -391,7 +391,7 @@ def test_what_never_changes_is_computed_once_an_image(name, vlm, task, monkeypat
     assert sum(calls) == 12
     if name == "advpt":  # asked again, its adversary starts elsewhere
         return
-    monkeypatch.setattr("advtune.train.KEEP", 10)
+    monkeypatch.setattr("advtune.step.KEEP", 10)
     asked = tune(name, vlm, task, options=options, **how).delta()
     for key, value in kept.items():
         torch.testing.assert_close(value, asked[key], rtol=1e-4, atol=1e-5)

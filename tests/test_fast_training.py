@@ -120,9 +120,9 @@ def test_each_batch_is_gone_through_so_many_times(vlm, task, monkeypatch):
     """As many updates as ever; the same augmented images in a row, d kept from batch to batch, rates as ever."""
     real, calls = train.update, []
 
-    def seen(plan, models, batch, optimiser, rate, step, d):
+    def seen(plan, models, batch, optimiser, rate, step, d, *rest):
         before = d.clone()
-        terms = real(plan, models, batch, optimiser, rate, step, d)
+        terms = real(plan, models, batch, optimiser, rate, step, d, *rest)
         calls.append((batch.x, batch.y, rate, before, d.clone()))
         return terms
 

@@ -53,6 +53,8 @@ def _train(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same bits")
     p.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
+    p.add_argument("--micro-batch", type=int, metavar="N", help="images at once, for the same gradient in less memory")
+    p.add_argument("--checkpoint-activations", action="store_true", help="keep few activations, compute them twice")
     p.add_argument("--tensorboard", metavar="DIR", help="also write the curves of the loss terms there")
     p.add_argument("--json", action="store_true", help="print the run, its settings and last losses as JSON")
     _shared(p, "train", "training attack's field: -a eps=4/255 -a steps=3; another attack: -a name=n-fgsm, name=free")
@@ -152,6 +154,7 @@ def images(text: str) -> int | None:
 def _machine(p: argparse.ArgumentParser, compile: bool = True) -> None:
     p.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (default: auto)")
     p.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the towers")
+    p.add_argument("--deterministic", action="store_true", help="the same bits every time, on a GPU, too; slower")
     if compile:
         p.add_argument("--compile", action="store_true",
                        help="image tower through torch.compile, worth its minute in long runs")  # fmt: skip

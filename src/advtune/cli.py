@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from advtune import distributed
 from advtune.arguments import build
+from advtune.endings import ended
 from advtune.errors import UserError, near, suggest
 from advtune.examples import START
 from advtune.parsing import parse
@@ -30,35 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(parser, given)
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # such a picture is an error here
-    try:
-        return VERBS[args.verb](args) or 0
-    except UserError as error:
-        print(f"advtune: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        reason = f"{error.filename or ''}: {error.strerror or error}"
-        print(f"advtune: error: {visible(reason)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        way = str(stop) or "tuning goes on with --resume, evaluation by the same command"
-        print(f"advtune: interrupted; {way}", file=sys.stderr)
-        return 130
+    return ended(VERBS[args.verb], args)
 
 
 def train(args: argparse.Namespace) -> None:
     from advtune import checkpoint
     from advtune import train as training
 
-    checkpoint.claim(Path(args.out), args.resume, args.overwrite)
+    if distributed.leader():
+        checkpoint.claim(Path(args.out), args.resume, args.overwrite)
     training.configure(args.method, args.options, args.attack_options)
     backbone, task, how = _opened(args, args.backbone or "mini")
     training.tune(
         args.method, backbone, task, shots=args.shots, seed=args.seed, epochs=args.epochs,
         options=args.options, attack=args.attack_options, out=args.out,
-        resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard, **how,
+        resume=args.resume, overwrite=args.overwrite, tensorboard=args.tensorboard, micro_batch=args.micro_batch,
+        checkpoint_activations=args.checkpoint_activations, **how,
     )  # fmt: skip
+    if not distributed.leader():
+        return
     follow = shlex.join(["advtune", "evaluate", args.out, "--data", args.data, "--attack", "pgd"])
     follow += " -a eps=1/255 -a steps=100" + (f" --subset {args.subset}" if args.subset != "all" else "")
     if args.json:
@@ -96,6 +88,8 @@ def evaluate(args: argparse.Namespace) -> None:
         model, task, attacks, batch_size=args.batch_size, seed=args.seed, checks=args.checks or None,
         source=args.source, defence=DEFENCES.get(args.defence), out=out, resume=True, **how,
     )  # fmt: skip
+    if not distributed.leader():
+        return
     if args.json:
         print("\n".join(row.to_json() for row in rows))
         return
@@ -140,8 +134,9 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
             raise UserError(f"--resolution {resolution!r} is neither a number of pixels nor native")
         resolution = int(resolution)
     name += "" if args.image_size is None else f"@{args.image_size}"
-    model = runs.load(name, args.device, args.precision, args.compile)
-    task = task_for(model, args.data, args.classes, args.template, args.subset)
+    with distributed.in_turn():
+        model = runs.load(name, args.device, args.precision, args.compile)
+        task = task_for(model, args.data, args.classes, args.template, args.subset)
     return model, task, dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image)
 
 

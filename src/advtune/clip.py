@@ -7,10 +7,12 @@ D embedding width, S image side, H heads, N image patches, K prompt depth.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from advtune.pooling import AttentionPool
 from advtune.resnet import ResNet
@@ -84,6 +86,13 @@ def pick(x: Tensor, place: Tensor | int) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), place][:, None]
 
 
+def through(block: nn.Module, again: bool, *given: Any) -> Any:
+    """block(*given); with `again`, what it computes on the way is forgotten, and computed once more for a gradient."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+    return block(*given)
+
+
 def overwrite(x: Tensor, prompt: Tensor, start: int) -> Tensor:
     """x [B, L, W] with positions start .. start + P replaced by prompt [P, W], the same for every row, or by each
     row's own, [B, P, W]."""
@@ -127,10 +136,13 @@ class ImageTower(nn.Module):
         bias = 0 if self.embed.bias is None else self.embed.bias
         return (self.position[self.own :].mean(0) + bias).detach()
 
-    def forward(self, x: Tensor, prompts: Tensor | None = None, dense: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, prompts: Tensor | None = None, dense: bool = False, again: bool = False
+    ) -> Tensor:  # fmt: skip
         """prompts [K, P, W]: the first is appended after the patch tokens, before the pre-norm and without a
         position embedding; prompt k overwrites the same places before layer k (MaPLe, arXiv:2210.03117).
-        dense: the embeddings of the class token (of the whole, where there is none) and the patches, [B, 1 + N, D]."""
+        dense: the embeddings of the class token (of the whole, where there is none) and the patches, [B, 1 + N, D].
+        again: see `through`."""
         x = self.embed(self.patches(x))  # [B, N, W]
         if self.class_token is not None:
             x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # [B, 1 + N, W]
@@ -143,7 +155,7 @@ class ImageTower(nn.Module):
             if prompts is not None and 0 < i < prompts.shape[0]:
                 x = overwrite(x, prompts[i], plain)
             last = i == len(self.blocks) - 1 and not dense and self.reads == "class"
-            x = block(x, only=0 if last else None)  # the class token alone is read
+            x = through(block, again, x, 0 if last else None)  # the class token alone is read
         if self.reads == "class":
             return self.project(self.norm_post(x[:, :plain] if dense else x[:, 0]))
         return self.project(self.pooled(x[:, self.own : plain], dense))
@@ -191,9 +203,10 @@ class TextTower(nn.Module):
         ends = self.ends(tokens)
         return ends + 1 if self.causal else torch.full_like(ends, tokens.shape[1])
 
-    def forward(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, prompts: Tensor | None = None, again: bool = False) -> Tensor:
         """prompts [K, P, W], or a text's own [K, C, P, W], overwrite the P places after the start token (the first P
         where there is none): the first among the embeddings (and so with position embeddings), prompt k before layer k.
+        again: see `through`.
 
         Under the causal mask two things are exact: nothing after the last token that is read is computed, and what all
         texts begin with is computed once. Token ids may stay on the processor: their lengths are asked for there.
@@ -217,11 +230,11 @@ class TextTower(nn.Module):
                 else:
                     tail = overwrite(tail, prompts[i], self.first - p)
             last = i == len(self.blocks) - 1
-            past, seen = block.memory(head) if p else None, None if mask is None else mask[p:]
-            tail = block(tail, ends - p if last else None, past, at_ends if last else seen)
+            only, seen = (ends - p, at_ends) if last else (None, None if mask is None else mask[p:])
+            tail = through(block, again, tail, only, block.memory(head) if p else None, seen)
             if p and not last:
                 assert mask is not None
-                head = block(head, mask=mask[:p, :p])
+                head = through(block, again, head, None, None, mask[:p, :p])
         return self.project(self.norm_post(tail[:, 0]))
 
     def shared(self, tokens: Tensor, prompts: Tensor | None) -> int:
@@ -251,14 +264,15 @@ class CLIP(nn.Module):
 
     def encode_image(
         self, x: Tensor, prompts: Tensor | None = None, pad: Tensor | None = None, dense: bool = False,
-        tower: Callable[..., Tensor] | None = None,
+        tower: Callable[..., Tensor] | None = None, again: bool = False,
     ) -> Tensor:  # fmt: skip
         """Pixels [B, 3, any, any] in [0, 1] -> [B, D], not normalised; dense: the patches as well, [B, 1 + N, D].
         prompts [K, P, W] or none. pad [3, S, S], if given, is added to the normalised pixels. tower: stands for the
-        image tower, compiled."""
+        image tower, compiled. again: see `through`."""
         x = self.config.preprocess(x)
-        return (tower or self.image)(x if pad is None else x + pad, prompts, dense)
+        x = x if pad is None else x + pad
+        return self.image(x, prompts, dense, again) if tower is None else tower(x, prompts, dense)
 
-    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none."""
-        return self.text(tokens, prompts)
+    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, again: bool = False) -> Tensor:
+        """Token ids [C, L] -> [C, D], not normalised. prompts [K, P, W] or none. again: see `through`."""
+        return self.text(tokens, prompts, again)

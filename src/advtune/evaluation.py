@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advtune import runs
+from advtune import distributed, runs
 from advtune.attacks import Attack, Defended, Transfer, check_measures
 from advtune.attacks.gradients import Function
 from advtune.checks import CHECKS, IMAGES, Sample, check, zero_share
 from advtune.data import Split, Task, load_images, load_task
 from advtune.data.images import DECODER, cache_dir
 from advtune.defences import DEFENCES
+from advtune.draws import seeded
 from advtune.errors import UserError
 from advtune.progress import progress
 from advtune.results import Row, append
 from advtune.rows import Setting, attack_facts, row, threat_model
 from advtune.train import check_seed
 from advtune.vlm import VLM
-from advtune.withstand import Journal, Outcome, seeded, withstand
+from advtune.withstand import Journal, Outcome, withstand
 
 GRADIENT_SAMPLE = 128  # images whose input gradients are looked at for exact zeros
 
@@ -99,14 +100,17 @@ def evaluate_all(
     task = task_for(model, data) if isinstance(data, str) else data
     side = model.side if resolution is None else resolution
     split = Split(part=part, limit=limit, resolution=side, on_bad=on_bad)
-    images = load_images(task, split, progress=show).on(model.device)
+    show = show and distributed.leader()
+    with distributed.in_turn():
+        images = load_images(task, split, progress=show).on(model.device)
+    distributed.agree([images.sha256, model.origin.sha256, batch_size, seed], "what is evaluated")
     threat = threat_model(source, defence, attacks[-1])
     s = Setting(model, task, split, images, batch_size, seed, show, threat, source, defence)
     clean = predict(s) == images.y
     if attacks[0] is None:
         return keep([row(s, None, clean, None, None, [], time.monotonic() - begin)], out)
     zero = zero_gradients(s, bpda)
-    journal = Journal(journal_path(s, attacks) if resume else None)
+    journal = Journal(journal_path(s, attacks) if resume and distributed.leader() else None)
     looked = checks if checks is not None else attacks[0].name == "autoattack"
     made_on = None if source is None else s.function(source)
     other = other_model(s) if looked else None
@@ -130,7 +134,7 @@ def evaluate_all(
 
 def keep(rows: Sequence[Row], out: str | Path | None) -> list[Row]:
     """The rows, added to the results of the folder `out` if one is given."""
-    for each in rows if out is not None else ():
+    for each in rows if out is not None and distributed.leader() else ():
         append(Path(str(out)) / runs.RESULTS, each)
     return list(rows)
 
@@ -146,17 +150,26 @@ def task_for(
 
 
 def predict(s: Setting) -> Tensor:
-    """Predicted labels [N] of clean images."""
-    found = []
-    seed = seeded(s.seed, s.model.device)  # a defence may be random
-    with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad(), seed:
-        for rows in torch.arange(len(s.images.y)).split(s.size):
-            logits = s.f(s.images.batch(rows, s.model.device)[0])
-            if not bool(logits.isfinite().all()):
-                raise UserError("the model's logits are not finite; it diverged in tuning, or its weights are damaged")
-            found.append(logits.argmax(1).cpu())
-            advance(len(rows))
-    return torch.cat(found)
+    """Predicted labels [N] of clean images. Several processes take the batches in turn; behind a defence, which may be
+    random from batch to batch, each takes all."""
+    found, batches = dict[int, Tensor](), torch.arange(len(s.images.y)).split(s.size)
+    step, first = (distributed.world(), distributed.rank()) if s.defence is None else (1, 0)
+
+    def work() -> dict[int, Tensor]:
+        with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad():
+            for number in range(first, len(batches), step):
+                logits = s.f(s.images.batch(batches[number], s.model.device)[0])
+                if not bool(logits.isfinite().all()):
+                    raise UserError(
+                        "the model's logits are not finite; it diverged in tuning, or its weights are damaged"
+                    )
+                found[number] = logits.argmax(1).cpu()
+                advance(sum(map(len, batches[number : number + step])))
+        return found
+
+    with seeded(s.seed, s.model.device):
+        done = {number: labels for each in distributed.attempt(work) for number, labels in each.items()}
+    return torch.cat([done[number] for number in range(len(batches))])
 
 
 def zero_gradients(s: Setting, bpda: bool = False) -> dict[str, float]:

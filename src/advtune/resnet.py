@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from advtune.shapes import ClipConfig, resized
 
@@ -95,13 +96,19 @@ class ResNet(nn.Module):
         grid, native = config.image_size // 32, (config.vision.native or config.image_size) // 32
         self.attnpool = MeanPool(grid, native, inside, config.image.heads, config.embed)
 
-    def forward(self, x: Tensor, prompts: Tensor | None = None, dense: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, prompts: Tensor | None = None, dense: bool = False, again: bool = False
+    ) -> Tensor:  # fmt: skip
+        """again: what a stage computes on the way is forgotten, and computed once more for a gradient."""
         if prompts is not None:
             raise ValueError("a ResNet has no place for prompts")
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         x = F.avg_pool2d(x, 2)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            if again and torch.is_grad_enabled():
+                x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = stage(x)
         found: Tensor = self.attnpool(x, dense)
         return found

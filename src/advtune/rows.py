@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advtune import runs
+from advtune import determinism, runs
 from advtune.attacks import Attack, Defended, Transfer
 from advtune.attacks.gradients import Function
 from advtune.data import Images, Split, Task
@@ -122,6 +122,7 @@ def noted(s: Setting, attack: Attack | None, carried: bool) -> list[str]:
     known = sum(sha in s.model.seen for sha in runs.short(s.images.hashes))
     if known:
         notes.append(f"{known} of the {len(s.images.y)} images were tuned on")
+    notes += [note for note in determinism.said() if note not in notes]
     if s.model.compiled:
         notes.append("the image tower ran through torch.compile")
     if carried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advtune import runs
-from advtune.attacks import Attack, Free, Replay
-from advtune.augment import crop_and_flip
-from advtune.checkpoint import Log, claim, finish, same
+from advtune import determinism, distributed, runs
+from advtune.attacks import Attack, Free
+from advtune.checkpoint import Log, claim, comparable, finish, same
 from advtune.data import Images, Split, Task, load_images, load_task
+from advtune.draws import seeded
 from advtune.errors import UserError
 from advtune.methods import Method, configure
 from advtune.options import as_options, describe
 from advtune.progress import progress
 from advtune.recipe import Recipe
 from advtune.rows import attack_facts
+from advtune.step import NoRoom, Portions, own_share, prepare, recomputing, update
 from advtune.tensorboard import board
-from advtune.vlm import VLM, Batch
+from advtune.vlm import VLM
 
 Options = Sequence[str] | Mapping[str, Any]
-KEEP = 2**31  # bytes of prepared answers that are kept
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ class Plan:
             depths = [len(p) for p in student.prompts()[:2] if p is not None]
             if depths and min(depths) < depth:
                 notes.append(f"prompt depth {depth} cut to {'/'.join(map(str, depths))} (text/image layers)")
+        notes += determinism.said()
+        if distributed.world() > 1:
+            notes.append(f"tuned by {distributed.world()} processes")
         if self.backbone.compiled:
             notes.append("tuned with the image tower through torch.compile")
         if student.template:
@@ -120,6 +124,8 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: str | Path | None = None,
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
     show: bool = True,
 ) -> VLM:
     """Tune a backbone with a method on labelled images; the tuned model, which `evaluate` takes.
@@ -127,40 +133,79 @@ def tune(
     options and attack: `key=value` texts or a mapping, for the method's and recipe's fields and for the
     training attack's, whose `name` is pgd, n-fgsm or free. shots: images a class, none for all. With `out`, a run
     folder is written; while it is being made it is called OUT.partial, and `resume` goes on from there to the same
-    bits. tensorboard: a folder for the run's curves. Raises UserError on bad input, before anything is written, and
-    on a loss or result that is not finite.
+    bits. tensorboard: a folder for the run's curves. micro_batch: images that go through the models at once, for the
+    same gradient in less memory; halved where memory runs out. checkpoint_activations: compute them twice, keep few.
+    Raises UserError on bad input, before anything is written, and on a loss or result that is not finite.
     """
     check_seed(seed)
-    options = [options] if isinstance(options, str) else options
-    if epochs is not None:
-        options = {**options, "epochs": epochs} if isinstance(options, Mapping) else [*options, f"epochs={epochs}"]
-    chosen, recipe, made = configure(method, options, attack)
+    chosen, recipe, made = configure(method, with_epochs(options, epochs), attack)
     if method == "zero-shot":
         raise UserError("zero-shot trains nothing; use: advtune evaluate zero-shot")
-    out = None if out is None else Path(out)
-    partial = None if out is None else claim(out, resume, overwrite)
-    curves = None if tensorboard is None else board(tensorboard, resume, overwrite)
+    portions = portioned(method, chosen, micro_batch)
+    out, writes = None if out is None else Path(out), distributed.leader()
+    partial = claim(out, resume, overwrite) if out is not None and writes else None
+    curves = board(tensorboard, resume, overwrite) if tensorboard is not None and writes else None
     model = runs.load(backbone) if isinstance(backbone, str) else backbone
+    check_backbone(model, out, checkpoint_activations)
+    task = load_task(data) if isinstance(data, str) else data
+    side = model.side if resolution is None else resolution
+    split = Split(part=part, shots=shots, seed=seed, limit=limit, resolution=side, on_bad=on_bad)
+    with distributed.in_turn():
+        images = load_images(task, split, progress=show and writes)
+    plan = Plan(method, chosen, recipe, made, model.requires_grad_(False), task, split, seed)
+    models = chosen.setup(model, task, seed)
+    config = plan.config(images, models, out)
+    distributed.agree(comparable(config), "what is tuned")
+    tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
+    finished = partial is not None and resume and runs.is_run(str(out)) and not partial.exists()
+    if out is not None and distributed.told(finished):
+        same(out, config)
+        return runs.load(str(out), str(model.device), model.precision, bool(model.compiled))
+    log = Log(partial, config, resume, curves)
+    with recomputing(models.values(), checkpoint_activations):
+        student = fit(plan, models, tokens, images, log, show and writes, portions)
+    config["notes"] += portions.notes
+    return kept(runs.settle(student, model, config, images.hashes, out), images, partial, out)
+
+
+def kept(tuned: VLM, images: Images, partial: Path | None, out: Path | None) -> VLM:
+    """The tuned model, with its run folder written, which is there for all processes when this returns."""
+    distributed.agree(tuned.origin.sha256, "what was learned")
+    if out is not None and partial is not None:
+        config = {name: value for name, value in tuned.run.items() if name != "folder"}
+        runs.write_run(partial, tuned, config, images.hashes)
+        finish(partial, out)
+    distributed.told(None)
+    return tuned
+
+
+def with_epochs(options: Options, epochs: int | None) -> Options:
+    """The options with `epochs` among them, if it is given."""
+    options = [options] if isinstance(options, str) else options
+    if epochs is None:
+        return options
+    return {**options, "epochs": epochs} if isinstance(options, Mapping) else [*options, f"epochs={epochs}"]
+
+
+def portioned(name: str, method: Method, size: int | None) -> Portions:
+    """How batches go through. Raises UserError for a method whose batches cannot be cut, where they are to be."""
+    uncut = getattr(method, "uncut", "")
+    if size is not None and size < 1:
+        raise UserError(f"micro-batch {size}: at least 1 image is needed")
+    if uncut and (size is not None or distributed.world() > 1):
+        raise UserError(f"method {name}: {uncut}: its batches go through whole, without --micro-batch, in one process")
+    notes = [] if size is None else [f"batches went through {size} images at a time, with the same gradient"]
+    return Portions(size, uncut, notes)
+
+
+def check_backbone(model: VLM, out: Path | None, recompute: bool) -> None:
+    """Raises UserError for a model that cannot be tuned into the run folder `out`, or not in this way."""
     if out is not None and model.run and not model.run.get("folder"):
         raise UserError("the backbone was tuned in memory; tune it with out=DIR, so that this run can find it again")
     if out is not None and str(out.resolve()) in model.folders:
         raise UserError(f"{out} is (part of) the backbone; choose another --out")
-    task = load_task(data) if isinstance(data, str) else data
-    side = model.side if resolution is None else resolution
-    split = Split(part=part, shots=shots, seed=seed, limit=limit, resolution=side, on_bad=on_bad)
-    images = load_images(task, split, progress=show)
-    plan = Plan(method, chosen, recipe, made, model.requires_grad_(False), task, split, seed)
-    models = chosen.setup(model, task, seed)
-    config = plan.config(images, models, out)
-    tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
-    if out is not None and partial is not None and resume and runs.is_run(out) and not partial.exists():
-        same(out, config)
-        return runs.load(str(out), str(model.device), model.precision, bool(model.compiled))
-    student = fit(plan, models, tokens, images, Log(partial, config, resume, curves), show)
-    if out is not None and partial is not None:
-        runs.write_run(partial, student, config, images.hashes)
-        finish(partial, out)
-    return runs.settle(student, model, config, images.hashes, out)
+    if recompute and model.compiled:
+        raise UserError("--checkpoint-activations and --compile do not go together; give one")
 
 
 def check_seed(seed: int) -> None:
@@ -170,8 +215,9 @@ def check_seed(seed: int) -> None:
 
 
 def fit(
-    plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, log: Log, show: bool
-) -> VLM:
+    plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, log: Log, show: bool,
+    portions: Portions | None = None,
+) -> VLM:  # fmt: skip
     """Run the plan; the student. Deterministic in the plan, whether resumed or not."""
     parameters = {f"{m}.{n}": p for m, vlm in models.items() for n, p in vlm.named_parameters() if p.requires_grad}
     optimiser = plan.recipe.optimiser(parameters.values())
@@ -181,61 +227,45 @@ def fit(
     if isinstance(plan.attack, Free):
         d = plan.attack.start((size, *images.x.shape[1:]), plan.seed).to(plan.backbone.device)
         learning["attack.d"] = d  # kept from batch to batch, so in the checkpoint
-    first = log.restore(learning, optimiser)
+    first = restored(log, learning, optimiser)
     device = plan.backbone.device
-    images = images.on(device)
+    images, portions = images.on(device), portions or Portions()
     try:
-        kept = prepare(plan, models, tokens, images, show) if first < steps else {}
-    except UserError:
-        log.close(drop=True)
-        raise
-    with progress(f"{plan.name} on {plan.task.name}", steps - first, show=show) as advance, torch.random.fork_rng():
-        for step in range(first, steps):
-            number = step // m  # of the batch; the replays of one see the same images, augmented alike
-            order = epoch_order(len(images.y), plan.seed, number // per_epoch)
-            rows = order[(number % per_epoch) * size :][:size]
-            torch.manual_seed(mix(plan.seed, number * m))
-            pixels, y = images.batch(rows, device)
-            if plan.recipe.augment:
-                pixels = crop_and_flip(pixels)
-            rows = rows.to(device)
-            batch = Batch(pixels, y, tokens, step // cycle, {name: t[rows] for name, t in kept.items()})
-            rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
-            try:
-                terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)])
+        prepared = prepare(plan, models, tokens, images, show, portions) if first < steps else {}
+        label = f"{plan.name} on {plan.task.name}"
+        with progress(label, steps - first, show=show) as advance, seeded(plan.seed, device):
+            for step in range(first, steps):
+                number = step // m  # of the batch; the replays of one see the same images, augmented alike
+                order = epoch_order(len(images.y), plan.seed, number // per_epoch)
+                rows = order[(number % per_epoch) * size :][:size]
+                torch.manual_seed(mix(plan.seed, number * m))
+                batch = own_share(plan, images, rows, tokens, prepared, step // cycle)
+                rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
+                terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)], portions)
                 if step == steps - 1:
                     check_finite(plan, learning, rate)
-            except UserError:
-                log.close(drop=True)
-                raise
-            log.step({"step": step, "epoch": number // per_epoch, "lr": rate, **terms}, learning, optimiser)
-            advance(note=" ".join(f"{name} {value:.3f}" for name, value in terms.items()))
+                log.step({"step": step, "epoch": number // per_epoch, "lr": rate, **terms}, learning, optimiser)
+                advance(note=" ".join(f"{name} {value:.3f}" for name, value in terms.items()))
+    except UserError as error:
+        log.close(drop=not isinstance(error, NoRoom))  # with more room the run can go on
+        raise
     log.close()
     return models["student"]
 
 
-def prepare(
-    plan: Plan, models: Mapping[str, VLM], tokens: Mapping[str, Tensor], images: Images, show: bool
-) -> dict[str, Tensor]:
-    """What the method computes once for every training image, [N, ...] by name; the same bits in every sitting.
-
-    Nothing when images are augmented, so that they differ from epoch to epoch, or when it would fill KEEP bytes.
-    """
-    make = getattr(plan.method, "prepare", None)
-    if make is None or plan.recipe.augment:
-        return {}
-    found: dict[str, list[Tensor]] = {}
-    with progress(f"{plan.name}: preparing", len(images.y), "image", show) as advance, torch.random.fork_rng():
-        torch.manual_seed(plan.seed)
-        for rows in torch.arange(len(images.y)).split(plan.recipe.batch_size):
-            x, y = images.batch(rows, plan.backbone.device)
-            made = make(models, Batch(x, y, tokens), plan.attack)
-            if not 0 < sum(value.nbytes for value in made.values()) / len(rows) * len(images.y) <= KEEP:
-                return {}
-            for name, value in made.items():
-                found.setdefault(name, []).append(value.detach())
-            advance(len(rows))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+def restored(log: Log, learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
+    """Load the checkpoint, if there is one, which the leader alone reads; the step to go on with."""
+    first = distributed.told(log.restore(learning, optimiser))
+    if first and distributed.world() > 1:
+        buffer = io.BytesIO()
+        if distributed.leader():
+            torch.save([{name: value.detach() for name, value in learning.items()}, optimiser.state_dict()], buffer)
+        content = io.BytesIO(distributed.told(buffer.getvalue()))
+        values, state = torch.load(content, map_location="cpu", weights_only=True)
+        for name, value in learning.items():
+            value.data.copy_(values[name])
+        optimiser.load_state_dict(state)
+    return first
 
 
 def check_finite(plan: Plan, learning: Mapping[str, Tensor], rate: float) -> None:
@@ -243,34 +273,6 @@ def check_finite(plan: Plan, learning: Mapping[str, Tensor], rate: float) -> Non
     for name, value in learning.items():
         if not bool(value.isfinite().all()):
             raise UserError(f"{plan.name}: {name} is not finite after the last step; lower lr (now {rate:g})")
-
-
-def update(
-    plan: Plan,
-    models: Mapping[str, VLM],
-    batch: Batch,
-    optimiser: torch.optim.Optimizer,
-    rate: float,
-    step: int,
-    d: Tensor,
-) -> dict[str, float]:
-    """One optimiser step; the loss terms as numbers. d [B, 3, S, S]: the perturbation that free replay keeps, moved in
-    place. Raises UserError naming the term that is not finite."""
-    attack = Replay(plan.attack, d) if isinstance(plan.attack, Free) else plan.attack
-    terms = plan.method.loss(models, batch, attack)
-    heights = torch.stack(list(terms.values()))
-    optimiser.zero_grad(set_to_none=True)
-    heights.sum().backward()
-    if isinstance(attack, Replay):
-        attack.climb()
-    values = dict(zip(terms, heights.tolist(), strict=True))  # asked for once, with all else of the step under way
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(f"{plan.name}: the loss term {name!r} is {value} at step {step}; lower lr (now {rate:g})")
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    optimiser.step()
-    return values
 
 
 def replays(attack: Attack) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,13 +41,30 @@ class Origin:
 class Batch:
     """One training batch: images x [B, 3, S, S] in [0, 1], labels y [B], and for every model by name the class
     texts' token ids [C, L]. `cycle` counts the repetitions of the schedule (0 but for two-phase methods). `kept`:
-    these images' rows of what the method prepared before the first step; empty when images are augmented."""
+    these images' rows of what the method prepared before the first step; empty when images are augmented.
+
+    A batch may be a portion, the images from `begin` on of a batch of `whole`; then `means` holds over the whole what
+    the method asks for by a hook of that name.
+    """
 
     x: Tensor
     y: Tensor
     tokens: Mapping[str, Tensor]
     cycle: int = 0
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    begin: int = 0
+    whole: int | None = None
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Images of the whole batch."""
+        return len(self.y) if self.whole is None else self.whole
+
+    @property
+    def share(self) -> float:
+        """The part of the whole batch that this is; 1 for all of it."""
+        return len(self.y) / self.size
 
 
 @dataclass
@@ -76,6 +94,7 @@ class VLM(nn.Module):
         self.origin = origin
         self.precision = "fp32"
         self.compiled = ""  # torch.compile's backend for the image tower; none: as it is written
+        self.recompute = False  # activations of the blocks are forgotten, and computed again for a gradient
         self.text_memory: float | None = None  # bytes that a graph of texts may take; none: see `room`
         self.learned: tuple[str, ...] = ()  # prefixes of what this model adds to its backbone
         self.template = ""  # stands for every data set's, when the learned context takes its place
@@ -129,7 +148,7 @@ class VLM(nn.Module):
     def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
         model = VLM(clip, self.tokenizer, self.origin, prompts)
         model.precision, model.text_memory, model.learned = self.precision, self.text_memory, learned
-        model.compiled = self.compiled
+        model.compiled, model.recompute = self.compiled, self.recompute
         model.template, model.classes = self.template, self.classes
         return model
 
@@ -230,7 +249,8 @@ class VLM(nn.Module):
         if self.compiled and self._program is None:
             self._program = Compiled(self.clip.image, self.compiled, graphs=self.device.type == "cuda")
         with self._autocast(self.precision == "bf16"):
-            return self.clip.encode_image(x, learned.image, learned.pad, dense, self._program).float()
+            how = (learned.image, learned.pad, dense, self._program, self.recompute)
+            return self.clip.encode_image(x, *how).float()
 
     def _autocast(self, low: bool) -> AbstractContextManager[Any]:
         if self.device.type == "meta":  # where operations are counted; it knows no autocast
@@ -248,7 +268,7 @@ class VLM(nn.Module):
         lengths, shared = self.clip.text.lengths(tokens), self.clip.text.shared(tokens, prompts)
         how = (self.clip.config.text, tokens, lengths, prompts, low, memory, shared)
         with self._autocast(low):
-            features = encode(self.clip.encode_text, *how)
+            features = encode(partial(self.clip.encode_text, again=self.recompute), *how)
         features = F.normalize(features.float(), dim=-1)
         if constant:
             self._cache = TextCache(tokens.cpu(), features)

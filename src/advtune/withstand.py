@@ -8,18 +8,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from advtune import distributed
 from advtune.attacks import Attack
 from advtune.attacks.ball import distance
 from advtune.data import Images
+from advtune.draws import seeded
 from advtune.progress import progress
 from advtune.results import write_atomic
 
@@ -54,6 +56,11 @@ class Journal:
             return None
         self.used += 1
         return torch.tensor(stands, dtype=torch.bool)
+
+    def known(self, stage: str, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The answers to the first of these batches, as far as they are known."""
+        found = [*takewhile(lambda stands: stands is not None, (self.next(stage, rows) for rows in batches))]
+        return [stands for stands in found if stands is not None]
 
     def add(self, stage: str, rows: Tensor, stands: Tensor) -> None:
         """Keep an answer, on the disk before this returns."""
@@ -95,12 +102,8 @@ def withstand(
         begin, rows, key = time.monotonic(), outcome.stands.nonzero().squeeze(1), f"{label}{stage.name}"
         with progress(key, len(rows), "image", show) as advance:
             seen = Seen(f, lambda n: advance(0, note=f"{int(outcome.stands.sum())} of {len(images.y)} stand, {n} seen"))
-            for some, known in known_first(journal, key, rows.split(size)):
-                left = known
-                if left is None:
-                    with seeded(seed, device):
-                        left = attacked(seen, images, some, stage, device)
-                    journal.add(key, some, left)
+            batches = [some for some in rows.split(size) if len(some)]
+            for some, left in answers(seen, images, batches, stage, device, seed, journal, key):
                 outcome.stands[some] = left
                 advance(len(some), note=f"{int(outcome.stands.sum())} of {len(images.y)} stand")
         fell = len(rows) - int(outcome.stands.sum())
@@ -127,26 +130,29 @@ class Seen:
         return f(x)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A block with its own random numbers; the generators of the processor and of `device` are then as before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def known_first(journal: Journal, stage: str, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The batches with what the journal knows of them; says once from where it goes on."""
-    told = 0
-    for rows in batches:
-        known = journal.next(stage, rows) if len(rows) else None
-        if known is not None:
-            told += len(rows)
-        elif told:
-            print(f"advtune: {stage}: {told} images were done before an interruption; going on", file=sys.stderr)
-            told = 0
-        if len(rows):
-            yield rows, known
+def answers(
+    f: Callable[[Tensor], Tensor], images: Images, batches: Sequence[Tensor], stage: Attack, device: torch.device,
+    seed: int, journal: Journal, key: str,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """The batches in their order, each with which of its images still stand: as the leader's journal knows, which is
+    told once, or attacked now. Several processes take a batch each at a time, the same batches as one process: nothing
+    depends on how many there are."""
+    known = distributed.told(journal.known(key, batches))
+    done, k = len(known), distributed.world()
+    if 0 < done < len(batches) and distributed.leader():
+        told = sum(map(len, batches[:done]))
+        print(f"advtune: {key}: {told} images were done before an interruption; going on", file=sys.stderr)
+    yield from zip(batches, known, strict=False)
+    for turn in range(done, len(batches), k):
+        mine = turn + distributed.rank()
+        left = None
+        if mine < len(batches):
+            with seeded(seed, device):
+                left = attacked(f, images, batches[mine], stage, device)
+        for some, stands in zip(batches[turn:], distributed.gather(left), strict=False):
+            if stands is not None:
+                journal.add(key, some, stands)
+                yield some, stands
 
 
 def attacked(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from advtune import draws
 from advtune.attacks.ball import check_attack, eps_option, random_point
 from advtune.attacks.gradients import Function, Loss, gradient
 from advtune.losses import cross_entropy
@@ -40,5 +40,5 @@ class NFGSM:
 
     def __call__(self, f: Function, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Tensor:
         """Images x [B, 3, S, S] and labels y [B] -> images [B, 3, S, S], detached; loss(f(x), y) is raised."""
-        z = random_point(x.detach(), self.noise * self.eps, self.norm, torch.rand_like(x))
+        z = random_point(x.detach(), self.noise * self.eps, self.norm, draws.like(x))
         return (z + self.step * gradient(f, z, y, loss)[0].sign()).clamp(0, 1)

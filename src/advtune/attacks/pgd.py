@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from advtune import draws
 from advtune.attacks.ball import (
     ascent,
     check_attack,
@@ -105,7 +106,7 @@ class PGD:
         def attempt(number: int, rows: Tensor) -> tuple[Tensor, Tensor]:
             z = x[rows]
             if self.random_start:
-                u = torch.rand_like(z) if hurry else draw(seeds, rows, x, number)
+                u = draws.like(z) if hurry else draw(seeds, rows, x, number)
                 z = random_point(z, self.eps, self.norm, u)
             return self._climb(f, z, x[rows], y[rows], target[rows], climb)
 
@@ -113,7 +114,7 @@ class PGD:
 
     def _rush(self, f: Function, x: Tensor, target: Tensor, loss: Loss) -> Tensor:
         """The last iterate, without a look back."""
-        z = random_point(x, self.eps, self.norm, torch.rand_like(x)) if self.random_start else x
+        z = random_point(x, self.eps, self.norm, draws.like(x)) if self.random_start else x
         into = projection(x, self.eps, self.norm)
         for _ in range(self.steps):
             slope = gradient(f, z, target, loss, eot=self.eot, bpda=self.bpda)[0]

@@ -39,6 +39,10 @@ class Method(Protocol):
     Clean training has an attack of eps 0. What only some have: `presets`, named sets of field values, chosen by
     `-o preset=NAME`; `cycles`, how often the schedule is gone through (1; 2 with two phases);
     `prepare(models, batch, attack) -> {name: Tensor [B, ...]}`, what never changes in a run: see `Batch.kept`.
+
+    A batch may go through in portions, whose terms, means over a portion, are weighted by its share: see `Batch`. A
+    loss that needs more of the batch than its images one by one has `means(models, batch, attack) -> {name: Tensor
+    []}`, means over a portion, of which it gets those over the batch as `batch.means`; or `uncut`, why it cannot.
     """
 
     paper: ClassVar[str]

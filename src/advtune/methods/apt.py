@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from advtune import draws
 from advtune.attacks import PGD
 from advtune.attacks.ball import ascent, project, random_point
 from advtune.data import Task
@@ -46,6 +47,10 @@ class APT:
     def __post_init__(self) -> None:
         check(self, "method apt")
 
+    @property
+    def uncut(self) -> str:
+        return "attacker=perturbed moves one context by all images" if self.attacker == "perturbed" else ""
+
     def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         own = task.classes if self.context == "class-specific" else ()
         student = frozen.with_context(self.tokens, own, seed)
@@ -68,7 +73,7 @@ class APT:
                 "method apt: attacker=perturbed climbs cross-entropy, from one random start; set eps and steps"
             )
         x, context = batch.x, model.delta()["prompts.text"].to(batch.x.device)
-        z = random_point(x, attack.eps, attack.norm, torch.rand_like(x))
+        z = random_point(x, attack.eps, attack.norm, draws.like(x))
         for _ in range(attack.steps):
             z, context = z.detach().requires_grad_(True), context.detach().requires_grad_(True)
             g = model.with_fixed(Learned(context)).classifier(batch.tokens["student"])

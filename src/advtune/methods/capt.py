@@ -64,10 +64,8 @@ class CAPT:
 
     def setup(self, frozen: VLM, task: Task, seed: int) -> dict[str, VLM]:
         n = self.prompt_length
-        return {
-            "student": frozen.with_prompts(task.template, n, n, self.depth, self.coupling, seed),
-            "frozen": frozen,
-        }
+        student = frozen.with_prompts(task.template, n, n, self.depth, self.coupling, seed)
+        return {"student": student, "frozen": frozen}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         x, y = batch.x, batch.y
@@ -81,7 +79,7 @@ class CAPT:
         terms = {"ce": torch.stack([cross_entropy(logits, y).mean() for logits in seen]).mean()}
         if self.lam:
             frozen = (batch.kept or self.prepare(models, batch, attack))["f0"]
-            a = self._adaptive(clean.detach(), frozen, y)
+            a = self._adaptive(clean.detach(), frozen, batch)
             target = clean.detach() if self.detach_clean else clean
             terms["train"] = self.lam * ((1 - a) * self._kl(target, adversarial)).mean()
             terms["frozen"] = self.lam * (a * self._kl(frozen, adversarial)).mean()
@@ -91,12 +89,21 @@ class CAPT:
         """`f0`: the frozen model's answers [B, C] on the clean images."""
         return {"f0": models["frozen"].classifier(batch.tokens["frozen"])(batch.x).detach()}
 
-    def _adaptive(self, clean: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
-        ce, ce0 = cross_entropy(clean, y), cross_entropy(frozen, y)  # [B]
+    def means(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
+        """What a is made of when it is the batch's: both cross-entropies."""
+        if self.weight != "loss" or not self.lam:
+            return {}
+        frozen = (batch.kept or self.prepare(models, batch, attack))["f0"]
+        clean = models["student"].classifier(batch.tokens["student"])(batch.x)
+        return {"ce": cross_entropy(clean, batch.y).mean(), "ce0": cross_entropy(frozen, batch.y).mean()}
+
+    def _adaptive(self, clean: Tensor, frozen: Tensor, batch: Batch) -> Tensor:
+        ce, ce0 = cross_entropy(clean, batch.y), cross_entropy(frozen, batch.y)  # [B]
         if self.weight == "confidence":
             return torch.sigmoid(ce - ce0)  # = p0 / (p0 + p), with p = exp(-ce)
         if self.weight == "loss":
-            return (ce.mean() + TINY) / (ce.mean() + ce0.mean() + 2 * TINY)
+            mean, mean0 = (batch.means[name] for name in ("ce", "ce0")) if batch.means else (ce.mean(), ce0.mean())
+            return (mean + TINY) / (mean + mean0 + 2 * TINY)
         return torch.full_like(ce, self.a)
 
     def _kl(self, target: Tensor, adversarial: Tensor) -> Tensor:

@@ -65,11 +65,12 @@ class PMGAFT:
         f, f0 = (self._classifier(models[name], batch.tokens[name]) for name in ("student", "frozen"))
         x_adv = attack(f, x, y)
         adversarial, terms = f(x_adv), {}
+        over = batch.share if self.reduction == "sum" else 1  # a portion's terms are weighted as means are
         if self.alpha:
-            terms["guide"] = self.alpha * self._kl(f0(x_adv).detach(), adversarial)
+            terms["guide"] = self.alpha * self._kl(f0(x_adv).detach(), adversarial) / over
         if self.beta:
             clean = f(x).detach() if self.detach_clean else f(x)
-            terms["clean"] = self.beta * self._kl(clean, adversarial)
+            terms["clean"] = self.beta * self._kl(clean, adversarial) / over
         return {"ce": cross_entropy(adversarial, y).mean(), **terms}
 
     def _kl(self, target: Tensor, adversarial: Tensor) -> Tensor:

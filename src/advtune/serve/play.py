@@ -13,11 +13,11 @@ from torch import Tensor
 
 from advtune.attacks import ATTACKS, Attack
 from advtune.data.images import decode
+from advtune.draws import seeded
 from advtune.errors import UserError
 from advtune.options import as_options, fill
 from advtune.untrusted import UNSEEN
 from advtune.vlm import VLM
-from advtune.withstand import seeded
 
 MEGABYTES, MEGAPIXELS, ASPECT = 10, 40, 20  # of an upload: encoded size, pixels, longer side by shorter
 CLASSES, LETTERS, TEMPLATE_LETTERS = 100, 80, 200
