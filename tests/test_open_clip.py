@@ -60,6 +60,37 @@ def test_the_quick_gelu_flag_decides(tmp_path):
     assert (b.config.image.activation, b.config.text.activation) == ("gelu", "gelu")
 
 
+def test_the_approximate_gelu_of_a_text_tower(tmp_path):
+    def edit(config, tensors):
+        config["text_cfg"]["act_kwargs"] = {"approximate": "tanh"}
+
+    model = write_open_clip(tmp_path, text={"hidden_act": "gelu_pytorch_tanh"}, edit=edit)
+    read = read_pretrained(str(tmp_path))
+    assert (read.clip.config.image.activation, read.clip.config.text.activation) == ("gelu", "gelu_pytorch_tanh")
+    tokens = read.tokenizer(TEXTS)
+    theirs = model.get_text_features(input_ids=tokens).pooler_output
+    torch.testing.assert_close(read.clip.encode_text(tokens), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_that_sees_all_is_not_cut_at_the_end_token_where_it_is_read(tmp_path):
+    """no_causal_mask with the end token read: what fills the row, zeros here, is seen to the last place."""
+
+    def edit(config, tensors):
+        config["text_cfg"]["no_causal_mask"] = True
+
+    model = write_open_clip(tmp_path, edit=edit)
+    read = read_pretrained(str(tmp_path))
+    tokens = read.tokenizer(TEXTS)
+    assert tokens.shape == (3, 77)
+    assert tokens[:, -20:].eq(0).all()
+    ends = (tokens == read.tokenizer.end).int().argmax(1)
+    h = model.text_model.embeddings(tokens)
+    for layer in model.text_model.encoder.layers:
+        h = layer(h, None)
+    text = model.text_projection(model.text_model.final_layer_norm(h[torch.arange(3), ends]))
+    torch.testing.assert_close(read.clip.encode_text(tokens), text, rtol=1e-4, atol=1e-5)
+
+
 def image_by_layers(model, pixels, pre_norm, pool, late):
     """transformers' layers with or without the first norm; the mean of the patches before or after the last."""
     tower = model.vision_model
@@ -267,14 +298,16 @@ def test_hub_ids_of_both_kinds(tmp_path, monkeypatch):
         shutil.copy(alone / name, both / name)
     words.mkdir()
     shutil.move(alone / "tokenizer.json", words / "tokenizer.json")
-    asked = []
+    asked, patterns = [], []
 
     def snapshot(repo, allow_patterns):
         asked.append(repo)
+        patterns.append(allow_patterns[-1])
         return str({"some/both": both, "some/alone": alone, "openai/clip-vit-base-patch32": words}[repo])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     theirs, ours = (read_pretrained(name).clip.config for name in ("some/both", "hf-hub:some/both"))
+    assert patterns == ["model*.safetensors", "open_clip_model.safetensors"]
     assert theirs.image.activation == "quick_gelu"
     assert ours.image.activation == "gelu"
     assert read_pretrained("some/alone").clip.config.image.activation == "gelu"

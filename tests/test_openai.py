@@ -317,7 +317,7 @@ FILES = {
         {"state_dict": {f"module.visual.{k}": v for k, v in visual(m).items()}}
     ),
     "TeCoA: vision_encoder_state_dict": lambda m: wrapped(
-        {"state_dict": {"perturbation": torch.zeros(3)}, "vision_encoder_state_dict": visual(m)}
+        {"state_dict": {k: v * 0 for k, v in open_clip_tensors(m).items()}, "vision_encoder_state_dict": visual(m)}
     ),
     "the whole model": lambda m: {"model": open_clip_tensors(m)},
     "Hugging Face": lambda m: {k: v for k, v in m.state_dict().items() if k.startswith("vis")},

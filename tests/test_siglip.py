@@ -63,6 +63,17 @@ def test_ids_are_the_reference_s(folder, tmp_path):
     ours = read_pretrained(str(tmp_path / "v2")).tokenizer(TEXTS)
     assert torch.equal(ours, wanted)
     assert set(ours[2].tolist()[-10:]) == {0}
+    facts = json.loads((tmp_path / "v2" / "tokenizer.json").read_text())  # Gemma's own, which keeps capitals
+    facts["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    (tmp_path / "v2" / "tokenizer.json").write_text(json.dumps(facts))
+    assert torch.equal(read_pretrained(str(tmp_path / "v2")).tokenizer(TEXTS), wanted)
+
+
+def test_an_image_prompt_starts_as_a_patch_that_shows_nothing(folder):
+    image = read_pretrained(str(folder)).clip.image
+    shown = image.embed(torch.zeros(1, 48))[0] + image.position.mean(0)
+    assert float(image.embed.bias.abs().max()) > 0
+    torch.testing.assert_close(image.blank(), shown)
 
 
 def test_pixels_are_resized_to_a_square_and_normalised_with_a_half(folder):

@@ -1,4 +1,4 @@
-"""What every kind of tower can be exported to."""
+"""What every kind of tower can be exported to; its activations forgotten and computed again."""
 
 import json
 
@@ -69,3 +69,27 @@ def test_prompts_alone_say_where_they_enter_a_tower_without_start_token(tmp_path
     ours, theirs = (Classifier(str(tmp_path / name), precision="fp32") for name in ("run", "out"))
     x = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(ours.logits(x), theirs.logits(x))
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_activations_computed_again_give_the_same_gradients(kind):
+    """Of the pixels and of the weights of both towers; each block's, or a ResNet's stage's, forward runs twice."""
+    model = backbone(kind)
+    tokens = model.tokens(TASK.classes, TASK.template)
+    parts = [model.clip.image, model.clip.text]
+    leaves = [p for part in parts for p in part.parameters()]
+    x, found, ran = torch.rand(2, 3, model.side, model.side).requires_grad_(), [], []
+    block = parts[0].layer4 if kind == NAMES[3] else parts[0].blocks[0]
+    hook = block.register_forward_pre_hook(lambda module, args: ran.append(1))
+    for p in leaves:
+        p.requires_grad_(True)
+    for again in (False, True):
+        out = model.clip.encode_image(x, again=again) @ model.clip.encode_text(tokens, again=again).T
+        grads = torch.autograd.grad(out.square().mean(), [x, *leaves], allow_unused=True)
+        found.append([out.detach(), *(g for g in grads if g is not None)])
+    for p in leaves:
+        p.requires_grad_(False)
+    hook.remove()
+    assert len(ran) == 3
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)

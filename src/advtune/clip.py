@@ -222,9 +222,8 @@ class TextTower(nn.Module):
                 else:
                     tail = overwrite(tail, prompts[i], self.first - p)
             last = i == len(self.blocks) - 1
-            past, seen = block.memory(head) if p else None, None if mask is None else mask[p:]
-            only, seen = (ends - p, at_ends) if last else (None, seen)
-            tail = through(block, again, tail, only, past, seen)
+            only, seen = (ends - p, at_ends) if last else (None, None if mask is None else mask[p:])
+            tail = through(block, again, tail, only, block.memory(head) if p else None, seen)
             if p and not last:
                 assert mask is not None
                 head = through(block, again, head, None, None, mask[:p, :p])

@@ -99,6 +99,7 @@ class ResNet(nn.Module):
     def forward(
         self, x: Tensor, prompts: Tensor | None = None, dense: bool = False, again: bool = False
     ) -> Tensor:  # fmt: skip
+        """again: what a stage computes on the way is forgotten, and computed once more for a gradient."""
         if prompts is not None:
             raise ValueError("a ResNet has no place for prompts")
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):

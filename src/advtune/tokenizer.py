@@ -152,7 +152,8 @@ def bytes_to_letters() -> dict[int, str]:
 def _from_file(file: Path) -> Encoder:
     data = read_bytes(file)
     model = parse_json(data)["model"]
-    if model.get("type", "BPE") == "BPE" and model.get("continuing_subword_prefix"):  # the library panics over some
+    # BERT's has one, CLIP's has none, and the library panics over some.
+    if model.get("type") != "WordPiece" and model.get("continuing_subword_prefix"):
         raise ValueError("pieces with a prefix")
     return Encoder.from_buffer(data)
 
