@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/advtune demo
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
