@@ -27,6 +27,15 @@ class Layout(NamedTuple):
     kind: str = "a CLIP model"
 
 
+class Misfits(NamedTuple):
+    """Names of tensors that are missing, of others that belong to no parameter, and of those of another shape: name,
+    shape, and the shape that the configuration asks for."""
+
+    missing: list[str]
+    unknown: list[str]
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
 def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
     """Our parameter name -> Hugging Face's. Several names are stacked along the first axis (q, k, v)."""
     names: dict[str, tuple[str, ...]] = {
@@ -78,22 +87,32 @@ def fill(clip: CLIP, tensors: Mapping[str, Tensor], source: Path, how: Layout | 
 
 def fits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: Path, how: Layout) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or of another shape than our own."""
-    wanted = {name for group in how.names.values() for name in group}
-    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside)
-    if missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
-    if unknown:
-        raise UserError(f"{source}: {len(unknown)} tensors are not of {how.kind}, first {visible(unknown[0])[:100]}")
+    found = misfits(shapes, tensors, how)
+    if found.missing:
+        raise UserError(f"{source}: {len(found.missing)} tensors are missing, first {found.missing[0]}")
+    if found.unknown:
+        first = visible(found.unknown[0])[:100]
+        raise UserError(f"{source}: {len(found.unknown)} tensors are not of {how.kind}, first {first}")
+    for name, own, asked in found.shapes:
+        raise UserError(f"{source}: {name} has shape {own}, the configuration asks for {asked}")
+
+
+def misfits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], how: Layout) -> Misfits:
+    """All that `fits` would refuse; a parameter of which a part is missing has no shape to look at."""
     assert set(shapes) == set(how.names), "layout and CLIP disagree"
+    wanted = {name for group in how.names.values() for name in group}
+    others = []
     for ours, group in how.names.items():
+        if not set(group) <= set(tensors):
+            continue
         own, rows = shapes[ours], parts(ours, shapes[ours], tensors, how)
         if {r.shape[1:] for r in rows} == {own[1:]} and sum(len(r) for r in rows) == (own[0] if own else 1):
             continue
         share = (own[0] // len(group), *own[1:]) if own else (1,)
         name = next((n for n, r in zip(group, rows, strict=True) if tuple(r.shape) != share), group[0])
         asked = share if own else ()
-        asked = asked[::-1] if ours in how.transposed else asked
-        raise UserError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the configuration asks for {asked}")
+        others.append((name, tuple(tensors[name].shape), asked[::-1] if ours in how.transposed else asked))
+    return Misfits(sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside), others)
 
 
 def parts(ours: str, own: torch.Size, tensors: Mapping[str, Tensor], how: Layout) -> list[Tensor]:
