@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +25,6 @@ class Layout(NamedTuple):
     transposed: frozenset[str] = frozenset()
     aside: frozenset[str] = BUFFERS
     kind: str = "a CLIP model"
-
-
-class Misfits(NamedTuple):
-    """Names of tensors that are missing, of others that belong to no parameter, and of those of another shape: name,
-    shape, and the shape that the configuration asks for."""
-
-    missing: list[str]
-    unknown: list[str]
-    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
 def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
@@ -87,21 +78,27 @@ def fill(clip: CLIP, tensors: Mapping[str, Tensor], source: Path, how: Layout | 
 
 def fits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: Path, how: Layout) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or of another shape than our own."""
-    found = misfits(shapes, tensors, how)
-    if found.missing:
-        raise UserError(f"{source}: {len(found.missing)} tensors are missing, first {found.missing[0]}")
-    if found.unknown:
-        first = visible(found.unknown[0])[:100]
-        raise UserError(f"{source}: {len(found.unknown)} tensors are not of {how.kind}, first {first}")
-    for name, own, asked in found.shapes:
+    missing, unknown = gaps(tensors, how)
+    if missing:
+        raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+    if unknown:
+        raise UserError(f"{source}: {len(unknown)} tensors are not of {how.kind}, first {visible(unknown[0])[:100]}")
+    assert set(shapes) == set(how.names), "layout and CLIP disagree"
+    for name, own, asked in misshapen(shapes, tensors, how):
         raise UserError(f"{source}: {name} has shape {own}, the configuration asks for {asked}")
 
 
-def misfits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], how: Layout) -> Misfits:
-    """All that `fits` would refuse; a parameter of which a part is missing has no shape to look at."""
-    assert set(shapes) == set(how.names), "layout and CLIP disagree"
+def gaps(tensors: Mapping[str, Tensor], how: Layout) -> tuple[list[str], list[str]]:
+    """The names of tensors that are missing, and of those that belong to no parameter."""
     wanted = {name for group in how.names.values() for name in group}
-    others = []
+    return sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside)
+
+
+def misshapen(
+    shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], how: Layout
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The tensors of another shape than our own: name, shape, and what the configuration asks for. A parameter of which
+    a part is missing is passed over."""
     for ours, group in how.names.items():
         if not set(group) <= set(tensors):
             continue
@@ -111,8 +108,7 @@ def misfits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], how
         share = (own[0] // len(group), *own[1:]) if own else (1,)
         name = next((n for n, r in zip(group, rows, strict=True) if tuple(r.shape) != share), group[0])
         asked = share if own else ()
-        others.append((name, tuple(tensors[name].shape), asked[::-1] if ours in how.transposed else asked))
-    return Misfits(sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside), others)
+        yield name, tuple(tensors[name].shape), asked[::-1] if ours in how.transposed else asked
 
 
 def parts(ours: str, own: torch.Size, tensors: Mapping[str, Tensor], how: Layout) -> list[Tensor]:

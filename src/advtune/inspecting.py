@@ -21,7 +21,7 @@ from advtune.configuration import read_config
 from advtune.errors import UserError
 from advtune.formats import KINDS, kind_of, open_clip, openai, overlay, read, siglip
 from advtune.formats.spec import HUB, Spec, at_side, parse
-from advtune.huggingface import Layout, fits, layout, misfits
+from advtune.huggingface import Layout, fits, gaps, layout, misshapen
 from advtune.pretrained import EMBEDDED, content, locate, read_notice
 from advtune.shapes import ClipConfig, TowerConfig
 from advtune.tokenizer import Tokenizer, load_encoder
@@ -59,8 +59,10 @@ def inspect(name: str) -> dict[str, Any]:
     if config:
         fit(facts, errors, config, tensors, how, place, spec)
     attempt(errors, lambda: read_notice(folder_of(place)))
+    if found and (not spec.tower or is_there(expanded(spec.tower), Path.is_file)):
+        facts["sha256"] = content(found, spec)
     if found and not errors:
-        facts |= {"sha256": content(found, spec), "refused": refused(config, found.tokenizer)}
+        facts["refused"] = refused(config, found.tokenizer)
     return facts | {"usable": not errors, "error": errors[0] if errors else None}
 
 
@@ -116,7 +118,7 @@ def fit(
         facts["fit"] = compared(errors, shapes, tensors, place, how)
         for ours in ("logit_scale", "logit_bias"):
             value = tensors.get(how.names.get(ours, ("",))[0])
-            if value is not None and value.numel() == 1:
+            if value is not None and value.numel() == 1 and not facts["fit"]["numbers"]:
                 facts[ours] = float(value.float().exp() if ours == "logit_scale" else value)
     if spec.tower:
         file = expanded(spec.tower)
@@ -130,15 +132,15 @@ def compared(
     errors: list[str], shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: Path, how: Layout
 ) -> dict[str, list[str]]:  # fmt: skip
     """Names of tensors that are missing, unknown, of another shape, or that hold no plain finite numbers."""
-    found = misfits(shapes, tensors, how)
     attempt(errors, lambda: fits(shapes, tensors, source, how))
+    missing, unknown = gaps(tensors, how)
+    others = [f"{name} {own}, asked for {asked}" for name, own, asked in misshapen(shapes, tensors, how)]
     numbers = []
     for name in sorted({name for group in how.names.values() for name in group} & set(tensors)):
         before = len(errors)
         attempt(errors, partial(check_floats, name, tensors[name], source))
         numbers += [name] if len(errors) > before else []
-    shapes_of = [f"{name} {own}, asked for {asked}" for name, own, asked in found.shapes]
-    return {"missing": found.missing, "unknown": found.unknown, "shapes": shapes_of, "numbers": numbers}
+    return {"missing": missing, "unknown": unknown, "shapes": others, "numbers": numbers}
 
 
 def of_run(folder: Path) -> dict[str, Any]:
@@ -153,7 +155,9 @@ def of_run(folder: Path) -> dict[str, Any]:
         facts["learned"] = {name: list(value.shape) for name, value in learned.items()}
     model = None if errors else attempt(errors, lambda: runs.load(str(folder), "cpu", "fp32"))
     if model is not None:
-        facts["sha256"] = model.origin.sha256
+        prompted = model.prompts is not None
+        facts |= {"sha256": model.origin.sha256, "refused": refused(model.clip.config, model.tokenizer, prompted)}
+        facts["base"].pop("refused", None)  # the run's own matter
     return facts | {"usable": not errors, "error": errors[0] if errors else None}
 
 
@@ -185,8 +189,9 @@ def stored(tensors: Mapping[str, Tensor] | None) -> dict[str, Any] | None:
     return {"tensors": len(tensors), "dtypes": dict(kinds.most_common())}
 
 
-def refused(config: ClipConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The methods that cannot be used on such towers, each with why: asked of small ones of the same kind."""
+def refused(config: ClipConfig, tokenizer: Tokenizer, prompted: bool = False) -> dict[str, str]:
+    """The methods that cannot be used on such towers, each with why: asked of small ones of the same kind, which have
+    learned prompts already (prompted) or not."""
     from advtune.methods import METHODS, configure
     from advtune.vlm import VLM, Origin
 
@@ -197,6 +202,7 @@ def refused(config: ClipConfig, tokenizer: Tokenizer) -> dict[str, str]:
     found = {}
     with torch.random.fork_rng(devices=[]):
         vlm = VLM(CLIP(small).eval().requires_grad_(False), tokenizer, Origin("", "", ""))
+        vlm = vlm.with_context(1) if prompted else vlm
         for name in METHODS:
             try:
                 for model in configure(name)[0].setup(vlm, TASK, 0).values():
@@ -209,7 +215,7 @@ def refused(config: ClipConfig, tokenizer: Tokenizer) -> dict[str, str]:
 def run(name: str, as_json: bool) -> None:
     """Print what `inspect` finds. Raises UserError at the end when it cannot be used."""
     facts = inspect(name)
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(visible(line) for line in lines(facts)))
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(map(visible, lines(facts))), flush=True)
     if facts["error"]:
         raise UserError(facts["error"])
 
