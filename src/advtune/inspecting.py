@@ -35,11 +35,11 @@ TASK: Any = SimpleNamespace(template="a photo of a {}.", classes=("red", "green"
 def inspect(name: str) -> dict[str, Any]:
     """All that can be said of a backbone or run folder, JSON-ready. `usable`; `error`: the line that says why not.
     Raises UserError when there is nothing under that name."""
+    spec = parse(name)
     if name not in EMBEDDED and runs.is_run(name):
         return of_run(Path(name))
-    if is_there(Path(f"{name}.partial"), Path.is_dir) or runs.is_run(parse(name).name):
-        runs.load(name, "cpu", "fp32")  # says what is wrong with that
-    spec = parse(name)
+    if name not in EMBEDDED and (is_there(Path(f"{name}.partial"), Path.is_dir) or runs.is_run(spec.name)):
+        runs.load(name, "cpu", "fp32")  # which says what is wrong with that
     place = locate(spec.name)
     facts: dict[str, Any] = {"name": name, "usable": False, "error": None, "format": None, "files": sizes(place)}
     first = "open_clip" if spec.name.startswith(HUB) else ""
