@@ -244,6 +244,31 @@ def test_all_is_said_that_can_be_and_then_why_it_cannot_be_used(spoil, clip_fold
     assert (facts["usable"], facts["error"], "refused" in facts) == (False, str(error.value), False)
 
 
+LACKING = {  # without a tokenizer: what is said of the rest
+    resnet: ({"format": "OpenAI's file", "embedding": 24}, "fit"),
+    siglip_folder: (
+        {"format": "Hugging Face SigLIP", "stored": {"tensors": 120, "dtypes": {"float32": 120}}},
+        "stored",
+    ),
+    open_clip_folder: ({"format": "open_clip", "stored": {"tensors": 86, "dtypes": {"float32": 86}}}, "stored"),
+}
+
+
+@pytest.mark.parametrize("write", LACKING, ids=lambda f: f.__name__)
+def test_without_a_tokenizer_the_weights_are_still_looked_at(write, tmp_path, monkeypatch):
+    def offline(repo, place):
+        raise advtune.UserError(f"{place}: no tokenizer there")
+
+    monkeypatch.setattr("advtune.pretrained.download_tokenizer", offline)
+    name = str(write(tmp_path))
+    for file in tmp_path.rglob("tokenizer.json"):
+        file.unlink()
+    facts, (said, last) = inspect(name), LACKING[write]
+    assert {key: facts[key] for key in said} == said and facts[last]
+    assert (facts["usable"], facts["tokenizer"]) == (False, None)
+    assert "no tokenizer" in facts["error"]
+
+
 def test_a_tower_that_is_not_of_its_base(clip_folder, tmp_path, capsys):
     wide = write_clip(tmp_path / "wide", image={"hidden_size": 40})
     torch.save(open_clip_tensors(wide), tmp_path / "tower.pt")
