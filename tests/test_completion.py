@@ -54,6 +54,8 @@ def test_a_script_is_sound_and_knows_every_name(shell, scripts):
         (["study", "few-shot", "--methods", "tecoa", "cap"], "capt"),
         (["report", "--format", ""], "markdown csv latex json html"),
         (["list", "b"], "backbones"),
+        (["backbone", "i"], "inspect"),
+        (["backbone", "inspect", "facebook/metaclip-h"], "facebook/metaclip-h14-fullcc2.5b"),
         (["evaluate", "zer"], "zero-shot"),
         (["evaluate", "ru"], "runs"),
         (["train", "capt", "--backbone", "mi"], "mini"),

@@ -24,14 +24,54 @@ from advtune.results import append, read
 from test_comparison import ATTACK, capt, make
 
 BACKBONES = """\
-mini  embedded stand-in, not OpenAI CLIP; runs offline (embedded)
-openai/clip-vit-base-patch32  ViT-B/32 at 224, the papers' usual choice (hub)
-openai/clip-vit-base-patch16  ViT-B/16 at 224 (hub)
-openai/clip-vit-large-patch14  ViT-L/14 at 224 (hub)
-openai/clip-vit-large-patch14-336  ViT-L/14 at 336 (hub)
-google/siglip-base-patch16-224  SigLIP, ViT-B/16 at 224 (hub)
-hf-hub:chs20/fare2-clip  FARE at eps 2/255, ViT-L/14 at 224, in open_clip's format (hub)
-PATH  a folder of Hugging Face's or open_clip's, a file of OpenAI's, or a run folder (local)
+Name                                       Size   px   Robust      Licence
+mini                                       6.5M   64               NC research
+openai/clip-vit-base-patch32               151M   224              ?
+openai/clip-vit-base-patch16               150M   224              ?
+openai/clip-vit-large-patch14              428M   224              ?
+openai/clip-vit-large-patch14-336          428M   336              ?
+RN50.pt                                    102M   224              ?
+RN101.pt                                   120M   224              ?
+laion/CLIP-ViT-B-32-laion2B-s34B-b79K      151M   224              MIT
+laion/CLIP-ViT-B-16-laion2B-s34B-b88K      150M   224              MIT
+laion/CLIP-ViT-L-14-laion2B-s32B-b82K      428M   224              MIT
+laion/CLIP-ViT-H-14-laion2B-s32B-b79K      986M   224              MIT
+laion/CLIP-ViT-bigG-14-laion2B-39B-b160k   2.54B  224              MIT
+laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K  151M   224              MIT
+laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K  150M   224              MIT
+laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K  428M   224              MIT
+hf-hub:apple/DFN2B-CLIP-ViT-B-16           150M   224              Apple AMLR
+hf-hub:apple/DFN2B-CLIP-ViT-L-14           428M   224              Apple AMLR
+hf-hub:apple/DFN5B-CLIP-ViT-H-14           986M   224              ?
+hf-hub:apple/DFN5B-CLIP-ViT-H-14-378       987M   378              Apple AMLR
+facebook/metaclip-b32-400m                 151M   224              CC BY-NC 4.0
+facebook/metaclip-b32-fullcc2.5b           151M   224              CC BY-NC 4.0
+facebook/metaclip-b16-400m                 150M   224              CC BY-NC 4.0
+facebook/metaclip-b16-fullcc2.5b           150M   224              CC BY-NC 4.0
+facebook/metaclip-l14-400m                 428M   224              CC BY-NC 4.0
+facebook/metaclip-l14-fullcc2.5b           428M   224              CC BY-NC 4.0
+facebook/metaclip-h14-fullcc2.5b           986M   224              CC BY-NC 4.0
+google/siglip-base-patch16-224             203M   224              Apache-2.0
+google/siglip-base-patch16-384             203M   384              Apache-2.0
+google/siglip-large-patch16-256            652M   256              Apache-2.0
+google/siglip-large-patch16-384            652M   384              Apache-2.0
+google/siglip-so400m-patch14-384           878M   384              Apache-2.0
+google/siglip2-base-patch16-224            375M   224              Apache-2.0
+google/siglip2-large-patch16-256           882M   256              Apache-2.0
+google/siglip2-so400m-patch14-224          1.14B  224              Apache-2.0
+google/siglip2-so400m-patch14-384          1.14B  384              Apache-2.0
+hf-hub:chs20/fare2-clip                    428M   224  linf 2/255  MIT
+hf-hub:chs20/fare4-clip                    428M   224  linf 4/255  MIT
+hf-hub:chs20/tecoa2-clip                   428M   224  linf 2/255  MIT
+hf-hub:chs20/tecoa4-clip                   428M   224  linf 4/255  MIT
+Size: parameters of both towers. px: side of its images. Robust: what its image
+tower was tuned to withstand. ?: not known. Source: the hub, from the owner
+before the slash; mini is embedded, a small stand-in, not OpenAI CLIP, for
+non-commercial research; a .pt is OpenAI's file, given by its path.
+On trust: none of the others could be downloaded by us. Sizes are counted from
+the published shapes, licences are those that the cards were seen to state.
+Also folders, other files and run folders (docs/backbones.md). What one is, and
+whether it can be used: advtune backbone inspect NAME
 """
 USUAL = {"data": {"subset": "all", "name": "cats|dogs"}, "attack": ATTACK | {"norm": "linf"}}
 
@@ -129,7 +169,7 @@ def test_comparison_and_evaluation_on_a_terminal(folders, monkeypatch):
     assert "robust under" not in text
 
 
-@pytest.mark.parametrize("what", ["methods", "attacks", "data"])
+@pytest.mark.parametrize("what", ["methods", "attacks", "data", "backbones"])
 def test_listings_on_a_terminal(what, monkeypatch):
     screen = screen_of(monkeypatch)
     assert main(["list", what]) == 0
@@ -171,7 +211,7 @@ def test_a_real_terminal_and_no_colour():
         assert process.wait() == 0
         shown[name] = text.decode()
     assert "\x1b[36mmini" in shown["colour"]
-    assert "What it is" in shown["none"] and "\x1b[3" not in shown["none"]
+    assert "Licence" in shown["none"] and "\x1b[3" not in shown["none"]
     piped = subprocess.run(command, capture_output=True, text=True, env={**plain, "TERM": "xterm"})
     assert piped.stdout == BACKBONES
 
@@ -199,6 +239,7 @@ def test_every_verb_prints_json_and_nothing_else(
         ["predict", run, str(next(image_folder.rglob("*.png")))],
         ["export", run, "--to", "prompts", "--out", str(tmp_path / "prompts")],
         *(["list", what] for what in ("methods", "attacks", "data", "backbones")),
+        ["backbone", "inspect", str(clip_folder)],
         ["audit", *base, "--limit", "1", "--out", str(tmp_path / "audit")],
         ["demo", "--out", str(tmp_path / "demo")],
     ]
@@ -256,6 +297,7 @@ MISSING = {
     "predict": "missing: DIR|B, IMAGE; for example: advtune predict",
     "export": "missing: DIR|B, --to, --out; for example: advtune export",
     "list": "missing: one of methods, attacks, data, backbones; for example: advtune list methods",
+    "backbone": "missing: one of inspect, ID|DIR; for example: advtune backbone inspect mini",
     "completion": "missing: one of bash, zsh, fish; for example: advtune completion bash",
 }
 

@@ -32,7 +32,7 @@ def build() -> Parser:
     _predict(verbs)
     _export(verbs)
     _serve(verbs)
-    _list(verbs)
+    _known(verbs)
     _demo(verbs)
     _completion(verbs)
     for name, each in parser.verbs().items():
@@ -269,11 +269,17 @@ def _serve(verbs: Any) -> None:
     p.set_defaults(verb="serve")
 
 
-def _list(verbs: Any) -> None:
+def _known(verbs: Any) -> None:
     p = verbs.add_parser("list", help="what there is: methods, attacks, data, backbones", description="What there is.")
     p.add_argument("what", choices=("methods", "attacks", "data", "backbones"), help="what to show")
     p.add_argument("--json", action="store_true", help="print all that is known of them as JSON")
     p.set_defaults(verb="list")
+    p = verbs.add_parser("backbone", help="what a backbone is, and whether every tensor fits",
+                         description="What a backbone is; exit status 2 when it cannot be used.")  # fmt: skip
+    p.add_argument("what", choices=("inspect",), help="say all that its files say; nothing in them is run")
+    p.add_argument("model", metavar="ID|DIR", help=BACKBONE_HELP.partition("; or")[0] + "; or a run folder")
+    p.add_argument("--json", action="store_true", help="print it as one JSON object")
+    p.set_defaults(verb="backbone")
 
 
 def _demo(verbs: Any) -> None:

@@ -270,6 +270,12 @@ def list_(args: argparse.Namespace) -> None:
     listed(args.what, facts)
 
 
+def backbone(args: argparse.Namespace) -> None:
+    from advtune.inspecting import run
+
+    run(args.model, args.json)
+
+
 def demo(args: argparse.Namespace) -> None:
     from advtune.demo import run
     from advtune.report import render
@@ -291,7 +297,8 @@ def completion(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": train, "evaluate": evaluate, "audit": audit, "study": study, "report": report, "compare": compare,
-    "predict": predict, "export": export, "serve": serve, "list": list_, "demo": demo, "completion": completion,
+    "predict": predict, "export": export, "serve": serve, "list": list_, "backbone": backbone, "demo": demo,
+    "completion": completion,
 }  # fmt: skip
 
 

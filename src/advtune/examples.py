@@ -97,6 +97,7 @@ EXAMPLES = {  # the one that is named when something is missing; shown below --h
     "predict": "advtune predict runs/capt photos/",
     "export": "advtune export runs/capt --to prompts --out exported/capt",
     "list": "advtune list methods",
+    "backbone": "advtune backbone inspect mini",
     "completion": "advtune completion bash",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,22 +78,37 @@ def fill(clip: CLIP, tensors: Mapping[str, Tensor], source: Path, how: Layout | 
 
 def fits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: Path, how: Layout) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or of another shape than our own."""
-    wanted = {name for group in how.names.values() for name in group}
-    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside)
+    missing, unknown = gaps(tensors, how)
     if missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
     if unknown:
         raise UserError(f"{source}: {len(unknown)} tensors are not of {how.kind}, first {visible(unknown[0])[:100]}")
     assert set(shapes) == set(how.names), "layout and CLIP disagree"
+    for name, own, asked in misshapen(shapes, tensors, how):
+        raise UserError(f"{source}: {name} has shape {own}, the configuration asks for {asked}")
+
+
+def gaps(tensors: Mapping[str, Tensor], how: Layout) -> tuple[list[str], list[str]]:
+    """The names of tensors that are missing, and of those that belong to no parameter."""
+    wanted = {name for group in how.names.values() for name in group}
+    return sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - how.aside)
+
+
+def misshapen(
+    shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], how: Layout
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The tensors of another shape than our own: name, shape, and what the configuration asks for. A parameter of which
+    a part is missing is passed over."""
     for ours, group in how.names.items():
+        if not set(group) <= set(tensors):
+            continue
         own, rows = shapes[ours], parts(ours, shapes[ours], tensors, how)
         if {r.shape[1:] for r in rows} == {own[1:]} and sum(len(r) for r in rows) == (own[0] if own else 1):
             continue
         share = (own[0] // len(group), *own[1:]) if own else (1,)
         name = next((n for n, r in zip(group, rows, strict=True) if tuple(r.shape) != share), group[0])
         asked = share if own else ()
-        asked = asked[::-1] if ours in how.transposed else asked
-        raise UserError(f"{source}: {name} has shape {tuple(tensors[name].shape)}, the configuration asks for {asked}")
+        yield name, tuple(tensors[name].shape), asked[::-1] if ours in how.transposed else asked
 
 
 def parts(ours: str, own: torch.Size, tensors: Mapping[str, Tensor], how: Layout) -> list[Tensor]:

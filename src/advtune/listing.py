@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import json
 from fractions import Fraction
+from importlib.resources import files
 from typing import Any
 
 from advtune.options import describe
 
-HUB_BACKBONES = {
-    "openai/clip-vit-base-patch32": "ViT-B/32 at 224, the papers' usual choice",
-    "openai/clip-vit-base-patch16": "ViT-B/16 at 224",
-    "openai/clip-vit-large-patch14": "ViT-L/14 at 224",
-    "openai/clip-vit-large-patch14-336": "ViT-L/14 at 336",
-    "google/siglip-base-patch16-224": "SigLIP, ViT-B/16 at 224",
-    "hf-hub:chs20/fare2-clip": "FARE at eps 2/255, ViT-L/14 at 224, in open_clip's format",
-}
+BACKBONES: dict[str, dict[str, Any]] = json.loads(
+    files("advtune").joinpath("backbones.json").read_text(encoding="utf-8")
+)
+HUB_BACKBONES = [name for name, facts in BACKBONES.items() if facts["where"] == "hub"]
+COLUMNS = ["Name", "Size", "px", "Robust", "Licence"]
 
 END = {
     "methods": "† reconstructed: no public source gives it; our choice, see docs/log.md",
     "attacks": "transfer: any of these but autoattack, with --source MODEL: the images are made on that model",
+    "backbones": """\
+Size: parameters of both towers. px: side of its images. Robust: what its image
+tower was tuned to withstand. ?: not known. Source: the hub, from the owner
+before the slash; mini is embedded, a small stand-in, not OpenAI CLIP, for
+non-commercial research; a .pt is OpenAI's file, given by its path.
+On trust: none of the others could be downloaded by us. Sizes are counted from
+the published shapes, licences are those that the cards were seen to state.
+Also folders, other files and run folders (docs/backbones.md). What one is, and
+whether it can be used: advtune backbone inspect NAME""",
     "data": "* not yet loaded from the hub by us: `advtune list data --json` says what is taken on trust",
 }
 FASTER = "to tune faster, in place of the method's training attack: -a name=NAME, at its eps"
@@ -66,18 +74,15 @@ def _data() -> list[dict[str, Any]]:
 
 
 def _backbones() -> list[dict[str, Any]]:
-    embedded = {
-        "name": "mini",
-        "about": "embedded stand-in, not OpenAI CLIP; runs offline",
-        "where": "embedded",
-    }
-    hub = [{"name": name, "about": about, "where": "hub"} for name, about in HUB_BACKBONES.items()]
-    local = {
-        "name": "PATH",
-        "about": "a folder of Hugging Face's or open_clip's, a file of OpenAI's, or a run folder",
-        "where": "local",
-    }
-    return [embedded, *hub, local]
+    return [{"name": name, **facts} for name, facts in BACKBONES.items()]
+
+
+def backbone_row(fact: dict[str, Any]) -> list[str]:
+    """A known backbone under COLUMNS."""
+    robust, size = fact["robust"], fact["parameters"]
+    much = "?" if size is None else f"{size / 1e9:.3g}B" if size >= 1e9 else f"{size / 1e6:.3g}M"
+    withstands = f"{robust['norm']} {robust['eps']}" if robust else ""
+    return [fact["name"], much, str(fact["resolution"] or "?"), withstands, fact["licence"] or "?"]
 
 
 def training() -> list[dict[str, Any]]:
@@ -119,8 +124,12 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
             console.print(f"[bold]{fact['name']}[/]  {line}", soft_wrap=True)
         console.print(END["data"], soft_wrap=True)
     elif what == "backbones":
-        for fact in facts:
-            console.print(f"[bold]{fact['name']}[/]  {fact['about']} ({fact['where']})", soft_wrap=True)
+        rows = [COLUMNS, *map(backbone_row, facts)]
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            line = "  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True))
+            console.print(line.rstrip(), markup=False, soft_wrap=True)
+        console.print(END["backbones"], markup=False, soft_wrap=True)
     else:
         for fact in facts:
             _show_options(console, fact)

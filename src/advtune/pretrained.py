@@ -12,8 +12,9 @@ from advtune.clip import CLIP
 from advtune.configuration import table_of
 from advtune.errors import UserError, suggest
 from advtune.formats import read
+from advtune.formats.found import Found
 from advtune.formats.overlay import lay
-from advtune.formats.spec import HUB, at_side, parse
+from advtune.formats.spec import HUB, Spec, at_side, parse
 from advtune.huggingface import fill
 from advtune.listing import HUB_BACKBONES
 from advtune.tokenizer import Tokenizer
@@ -53,15 +54,21 @@ def read_pretrained(name: str) -> Pretrained:
     with torch.device("meta"):  # no memory until the weights are of the shapes that the configuration asks for
         clip = CLIP(config)
     clip = fill(clip, found.tensors, found.source, found.how)
-    digest = fingerprint(found.files)
     if spec.tower:
-        file = expanded(spec.tower)
-        lay(clip, file)
-        digest = joined(digest, fingerprint([file]))
-    if spec.side and spec.side != found.config.image_size:
-        digest = joined(digest, f"@{spec.side}")
+        lay(clip, expanded(spec.tower))
+    digest = content(found, spec)
     notice = read_notice(found.source if found.source.is_dir() else found.source.parent)
     return Pretrained(clip.eval().requires_grad_(False), found.tokenizer, name, digest, notice)
+
+
+def content(found: Found, spec: Spec) -> str:
+    """sha256 of all that decides what a backbone is: its files, the image tower laid over it, another side."""
+    digest = fingerprint(found.files)
+    if spec.tower:
+        digest = joined(digest, fingerprint([expanded(spec.tower)]))
+    if spec.side and spec.side != found.config.image_size:
+        digest = joined(digest, f"@{spec.side}")
+    return digest
 
 
 def joined(digest: str, other: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from advtune.listing import END, FASTER, recipes, show, shown, source, training
+from advtune.listing import COLUMNS, END, FASTER, backbone_row, recipes, show, shown, source, training
 from advtune.untrusted import visible
 
 LOUD = ("alarm", "warning")  # how a line begins that must not be overlooked
@@ -75,8 +75,8 @@ def listed(what: str, facts: list[dict[str, Any]]) -> None:
         rows = [[fact["name"], fact["title"], str(len(fact["classes"])), source(fact)] for fact in facts]
         console.print(grid([["Name", "Title", "Classes", "From"], *rows], [False, False, True, False], console.width))
     elif what == "backbones":
-        rows = [[fact["name"], fact["about"], fact["where"]] for fact in facts]
-        console.print(grid([["Name", "What it is", "Where"], *rows], [False] * 3, console.width))
+        rows = [COLUMNS, *map(backbone_row, facts)]
+        console.print(grid(rows, [False, True, True, False, False], console.width))
     else:
         for fact in facts:
             _options(console, fact)
@@ -85,7 +85,7 @@ def listed(what: str, facts: list[dict[str, Any]]) -> None:
         for fact in training():
             _options(console, fact)
     if what in END:
-        say(console, [END[what]])
+        say(console, END[what].split("\n"))
 
 
 def _options(console: Console, fact: dict[str, Any]) -> None:

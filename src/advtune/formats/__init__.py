@@ -25,23 +25,34 @@ OTHERS = {  # model_type of Hugging Face's: why it is not read
 }
 
 
+KINDS = {"clip": "Hugging Face CLIP", "metaclip_2": "Hugging Face MetaCLIP 2", "siglip": "Hugging Face SigLIP",
+         "open_clip": "open_clip", "openai": "OpenAI's file"}  # fmt: skip
+
+
 def read(place: Path, first: str = "") -> Found:
     """What lies in a folder, or in a file of OpenAI's. first: "open_clip", where a folder is both that and Hugging
     Face's. Raises UserError when it is nothing that is known, or damaged."""
-    if place.is_file():
-        return openai.read(place)
-    if (place / open_clip.CONFIG).is_file() and (first == "open_clip" or not has_huggingface(place)):
-        return open_clip.read(place)
-    kind = table_of(place / "config.json").get("model_type")
-    if kind == "siglip":
-        return siglip.read(place)
-    if isinstance(kind, str) and kind in OTHERS:
-        raise UserError(f"{place}: model_type {kind!r} {OTHERS[kind]}")
+    kind = kind_of(place, first)
     if kind in ("clip", "metaclip_2"):
         return huggingface(place, kind == "metaclip_2")
-    raise UserError(
-        f"{place}: config.json has model_type {visible(repr(kind))[:60]}; 'clip', 'siglip' and 'metaclip_2' are known"
-    )
+    return {"openai": openai, "open_clip": open_clip, "siglip": siglip}[kind].read(place)
+
+
+def kind_of(place: Path, first: str = "") -> str:
+    """Which of KINDS lies there, by the files' names and what config.json calls itself. Raises UserError for others."""
+    if place.is_file():
+        return "openai"
+    if (place / open_clip.CONFIG).is_file() and (first == "open_clip" or not has_huggingface(place)):
+        return "open_clip"
+    kind = table_of(place / "config.json").get("model_type")
+    if isinstance(kind, str) and kind in OTHERS:
+        raise UserError(f"{place}: model_type {kind!r} {OTHERS[kind]}")
+    if kind not in ("clip", "siglip", "metaclip_2"):
+        raise UserError(
+            f"{place}: config.json has model_type {visible(repr(kind))[:60]}; 'clip', 'siglip' and 'metaclip_2' are "
+            "known"
+        )
+    return str(kind)
 
 
 def has_huggingface(folder: Path) -> bool:

@@ -35,14 +35,16 @@ def read(file: Path) -> Found:
     encoder = load_encoder(folder)
     if encoder.token_to_id(ENDS[1]) != config.end_token:
         raise UserError(f"{folder}: the tokenizer is not CLIP's; put {OPENAI} of OpenAI's package beside {file.name}")
-    aside = {n for n in tensors if n.endswith(("num_batches_tracked", "attn_mask"))} | NUMBERS
-    how = Layout(
-        visual(config) | words(config) | {"logit_scale": ("logit_scale",)},
-        frozenset({"image.project.weight", "text.project.weight"}),
-        frozenset(aside),
-    )
     beside = [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    how = naming(config, tensors)
     return Found(config, tensors, how, of_model(encoder, config, folder), [*beside, file], file)
+
+
+def naming(config: ClipConfig, tensors: Mapping[str, Tensor]) -> Layout:
+    """Our names -> OpenAI's."""
+    aside = {n for n in tensors if n.endswith(("num_batches_tracked", "attn_mask"))} | NUMBERS
+    names = visual(config) | words(config) | {"logit_scale": ("logit_scale",)}
+    return Layout(names, frozenset({"image.project.weight", "text.project.weight"}), frozenset(aside))
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:

@@ -32,19 +32,31 @@ MARKS = {
 def lay(clip: CLIP, file: Path) -> None:
     """Put the image tower of a checkpoint in the place of the model's. Raises UserError naming the first tensor that is
     missing, is not of this tower, or has another shape: then nothing has changed."""
+    tensors, how = laid(clip, file)
+    own = shapes_of(clip)
+    fits(own, tensors, file, how)
+    for name in {name for group in how.names.values() for name in group}:
+        check_floats(name, tensors[name], file)
+    for ours, value in clip.state_dict().items():
+        if ours in own:
+            value.copy_(torch.cat(parts(ours, value.shape, tensors, how)).reshape(value.shape))
+
+
+def laid(clip: CLIP, file: Path) -> tuple[dict[str, Tensor], Layout]:
+    """The image tower's tensors of a checkpoint, and whose names they have. Raises UserError when it holds none, or
+    another kind of tower than the model's, which may be on the meta device."""
     tensors, mark = tower_of(table_of(file), file)
-    own = {name: value for name, value in clip.state_dict().items() if name.startswith("image.")}
     names = {ours: theirs for ours, theirs in layout_of(clip.config, mark).items() if ours.startswith("image.")}
     turned = frozenset({"image.project.weight"} if MARKS[mark] == "visual." else ())
     aside = frozenset(name for name in tensors if name.endswith(("num_batches_tracked", "attn_mask", "position_ids")))
-    how = Layout(names, turned, aside, "this image tower")
-    if set(names) != set(own) or mark.startswith("attnpool.") != bool(clip.config.vision.stages):
+    if set(names) != set(shapes_of(clip)) or mark.startswith("attnpool.") != bool(clip.config.vision.stages):
         raise UserError(f"{file}: its tensors are named as of another kind of tower than the backbone's")
-    fits({name: value.shape for name, value in own.items()}, tensors, file, how)
-    for name in {name for group in names.values() for name in group}:
-        check_floats(name, tensors[name], file)
-    for ours, value in own.items():
-        value.copy_(torch.cat(parts(ours, value.shape, tensors, how)).reshape(value.shape))
+    return tensors, Layout(names, turned, aside, "this image tower")
+
+
+def shapes_of(clip: CLIP) -> dict[str, torch.Size]:
+    """The shapes of the image tower's parameters and buffers, by name."""
+    return {name: value.shape for name, value in clip.state_dict().items() if name.startswith("image.")}
 
 
 def table_of(file: Path) -> dict[str, Any]:
