@@ -154,7 +154,7 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 
 def short(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return "0" if value < 0.005 else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def model(counts: dict[str, dict[str, Count]]) -> str:

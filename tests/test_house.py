@@ -124,3 +124,8 @@ def test_the_performance_page_is_what_the_lines_give():
         [sys.executable, "benchmarks/performance_page.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_on_scale_is_what_the_counts_give():
+    done = subprocess.run([sys.executable, "benchmarks/scale.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
