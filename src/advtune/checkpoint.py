@@ -60,9 +60,13 @@ def foreign(folder: Path) -> str:
 
 
 def finish(partial: Path, out: Path) -> None:
-    """Give the folder its name; what had it goes, and so do the checkpoints."""
+    """Give the folder its name; what had it goes, and so do the checkpoints. Raises UserError when what had it is no
+    longer a run alone: hours may have passed since `claim`."""
     old = beside(out)
     if out.exists():
+        if not out.is_dir() or foreign(out):
+            what = f"{out}/{foreign(out)}" if out.is_dir() else out
+            raise UserError(f"{what}: came while this run was tuned, which is whole in {partial}; move it, and --resume")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     partial.rename(out)

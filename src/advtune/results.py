@@ -17,7 +17,7 @@ from secrets import token_hex
 from typing import Any
 
 from advtune import __version__
-from advtune.disk import crc_fits, naming, with_crc
+from advtune.disk import check_plain, crc_fits, naming, with_crc
 from advtune.errors import UserError, suggest
 from advtune.kinds import check_kinds
 from advtune.untrusted import parse_json
@@ -196,6 +196,7 @@ def read(*paths: str | os.PathLike[str]) -> list[Row]:
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes beside, waits for the disk, renames: the file is whole or untouched. Text is UTF-8."""
     path = Path(path)
+    check_plain(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
     try:
