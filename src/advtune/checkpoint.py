@@ -66,7 +66,9 @@ def finish(partial: Path, out: Path) -> None:
     if out.exists():
         if not out.is_dir() or foreign(out):
             what = f"{out}/{foreign(out)}" if out.is_dir() else out
-            raise UserError(f"{what}: came while this run was tuned, which is whole in {partial}; move it, and --resume")
+            raise UserError(
+                f"{what}: came while this run was tuned, which is whole in {partial}; move it, and --resume"
+            )
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     partial.rename(out)
