@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -224,6 +226,15 @@ def test_write_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="killed"):
         write_atomic(path, "newer")
     assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_row_is_kept_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    append(tmp_path / "a.jsonl", make())
+    assert len(read(tmp_path / "a.jsonl")) == 1
 
 
 @pytest.mark.parametrize("way", [lambda path: write_atomic(path, "x"), lambda path: replacing(path).__enter__()])
