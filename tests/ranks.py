@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,20 +42,22 @@ def tune(name, vlm, task, out, **how):
 
 
 def interrupted(name, vlm, task, out):
-    """What is learned when all processes are stopped at the sixth step, and go on."""
-    real, calls = train.update, []
+    """What is said when the last process alone gets a Ctrl-C in its sixth step, and what is learned when all go on."""
+    real, calls, said = train.update, [], ""
 
     def stopped(*args):
         calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
+        if len(calls) == 6 and distributed.rank() == distributed.world() - 1:
+            signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    train.update, seconds, checkpoint.SECONDS = stopped, checkpoint.SECONDS, 0
-    with suppress(KeyboardInterrupt):
+    train.update, seconds, checkpoint.SECONDS = stopped, checkpoint.SECONDS, 1000
+    try:
         tune(name, vlm, task, out)
+    except KeyboardInterrupt as stop:
+        said = f"{len(calls)} steps: {stop}"
     train.update, checkpoint.SECONDS = real, seconds
-    return tune(name, vlm, task, out, resume=True).delta()
+    return said, tune(name, vlm, task, out, resume=True).delta()
 
 
 def flags(vlm, task, out, names=EVALUATED):
@@ -81,7 +83,7 @@ def main(clip, images, out):
     deltas = {name: tune(name, vlm, task, out / name).delta() for name in TUNED}
     parted = tune("tower", vlm, task, out / "parted", micro_batch=1).delta()
     again = tune("tower", vlm, task, out / "tower", resume=True).delta()
-    cut = interrupted("replay", vlm, task, out / "cut")
+    said, cut = interrupted("replay", vlm, task, out / "cut")
     seen = flags(vlm, task, out / "rows")
     differ = ""
     try:
@@ -94,6 +96,7 @@ def main(clip, images, out):
         "parted": parted,
         "again": again,
         "cut": cut,
+        "said": said,
         "flags": seen,
         "differ": differ,
         "shares": shares,

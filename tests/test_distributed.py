@@ -83,6 +83,7 @@ def test_portions_of_several_processes_a_finished_and_an_interrupted_run(both):
         torch.testing.assert_close(one["parted"][key], value, rtol=1e-3, atol=1e-5)
         assert torch.equal(one["parted"][key], two["parted"][key])
         assert torch.equal(one["again"][key], value) and torch.equal(two["again"][key], value)
+    assert one["said"] == two["said"] == "6 steps: after step 6, which is saved"
     for key, value in one["deltas"]["replay"].items():  # stopped and gone on with, to the same bits
         assert torch.equal(one["cut"][key], value) and torch.equal(two["cut"][key], value)
     assert "batches went through 1 images at a time" in (out / "parted" / "config.json").read_text()

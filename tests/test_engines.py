@@ -412,7 +412,7 @@ def cluster(markers):
 
         update = train.update
 
-        def watched(plan, models, batch, optimiser, rate, step, d):
+        def watched(plan, models, batch, optimiser, rate, step, *more):
             if step == 1:
                 while (markers / "wait").exists() or (markers / "wait-deaf").exists():
                     (markers / f"waits-{plan.seed}").touch()
@@ -432,7 +432,7 @@ def cluster(markers):
                     raise RuntimeError("out of memory")
             with (markers / "steps").open("a") as file:
                 file.write(f"{plan.seed} {step}\n")
-            return update(plan, models, batch, optimiser, rate, step, d)
+            return update(plan, models, batch, optimiser, rate, step, *more)
 
         train.update = watched
 

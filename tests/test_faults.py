@@ -679,6 +679,24 @@ def test_a_run_made_meanwhile_by_another_process_is_not_replaced(do, whole, tmp_
     same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("kind", ["a folder of the user's", "a file"])
+def test_what_came_meanwhile_and_is_no_run_stays(kind, do, whole, tmp_path, monkeypatch, capsys):
+    """The run is whole beside it, and gets its name when the place is free."""
+    out = tmp_path / "run"
+
+    def come():
+        (out / "notes").mkdir(parents=True) if kind != "a file" else out.write_text("notes")
+
+    at_call(monkeypatch, train, "update", 2, come)
+    line, _ = told(capsys, 2, main(do.train(out)))
+    assert f"came while this run was tuned, which is whole in {out}.partial; move it, and --resume" in line
+    out.rename(tmp_path / "moved")
+    assert (tmp_path / "moved").is_file() or (tmp_path / "moved" / "notes").is_dir()
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("trained again"))
+    assert main([*do.train(out), "--resume"]) == 0
+    same_run(out, whole)
+
+
 STALE = """
 import os, signal, sys
 from pathlib import Path

@@ -115,6 +115,14 @@ def test_a_pickled_view_that_claims_a_huge_shape_takes_no_memory(folder):
         fails(folder, r"visual_projection.weight has shape \(10000000, 10000000\)")
 
 
+def test_a_view_that_repeats_a_few_numbers_is_refused(folder):
+    """Where the shapes are the file's own word, as in OpenAI's, such a view could ask for any memory."""
+    found = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(found | {"visual_projection.weight": torch.zeros(1).expand(24, 32)}, folder / PICKLE)
+    fails(folder, "visual_projection.weight is larger than what the file holds of it")
+
+
 HEADERS = {
     "2^60": (1 << 60).to_bytes(8, "little") + b"{}",
     "2^64 - 1": b"\xff" * 8 + b"{}",

@@ -105,7 +105,16 @@ def view(size, stride=(1,), count=4, offset=0):
     return stream.getvalue()
 
 
+def doubled(depth):
+    """The pickle of a table that holds one twice, which holds one twice, and so on: small, and never gone through."""
+    found = {}
+    for _ in range(depth):
+        found = {"a": found, "b": found}
+    return pickle.dumps(found, 2)
+
+
 HOSTILE = {
+    "tables without end": (dict(instructions=doubled(40)), "more than 100000 tables"),
     "beyond its numbers": (dict(instructions=view((5,))), "damaged"),
     "before them": (dict(instructions=view((1,), offset=-3)), "damaged"),
     "more numbers than there are": (dict(instructions=view((4,), count=9)), "4 of 9 numbers"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from advtune import results
+from advtune.data.cache import replacing
 from advtune.errors import UserError
 from advtune.results import Row, accuracy, append, flag_text, mean_and_spread, read, wilson, write_atomic
 
@@ -222,6 +226,23 @@ def test_write_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="killed"):
         write_atomic(path, "newer")
     assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_row_is_kept_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    append(tmp_path / "a.jsonl", make())
+    assert len(read(tmp_path / "a.jsonl")) == 1
+
+
+@pytest.mark.parametrize("way", [lambda path: write_atomic(path, "x"), lambda path: replacing(path).__enter__()])
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path, way: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe or a device; name a file"):
+        way(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and len([*tmp_path.iterdir()]) == 1
 
 
 def test_rows_can_be_changed_only_into_rows_that_agree() -> None:

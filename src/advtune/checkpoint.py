@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advtune import ending, runs, sealed
+from advtune import distributed, ending, runs, sealed
 from advtune.disk import LOCK, SUMS, alone, check_alone, check_writable, naming
 from advtune.errors import UserError
 from advtune.results import write_atomic
@@ -60,9 +60,15 @@ def foreign(folder: Path) -> str:
 
 
 def finish(partial: Path, out: Path) -> None:
-    """Give the folder its name; what had it goes, and so do the checkpoints."""
+    """Give the folder its name; what had it goes, and so do the checkpoints. Raises UserError when what had it is no
+    longer a run alone: hours may have passed since `claim`."""
     old = beside(out)
     if out.exists():
+        if not out.is_dir() or foreign(out):
+            what = f"{out}/{foreign(out)}" if out.is_dir() else out
+            raise UserError(
+                f"{what}: came while this run was tuned, which is whole in {partial}; move it, and --resume"
+            )
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     partial.rename(out)
@@ -202,45 +208,51 @@ class Log:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A block of steps that Ctrl-C ends after the step under way, which is saved."""
-        if self.folder is None:
+        """A block of steps that Ctrl-C ends after the step under way, which is saved; of several processes, where one
+        is asked to stop, all do after the same step."""
+        if self.folder is None and distributed.world() == 1:
             yield
             return
         with ending.held() as self.asked:
             yield
-            if self.asked:
-                self.save()
+            self.stop()
 
     def step(self, line: dict[str, Any], learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> None:
         """Append one line; every SECONDS, and when interrupted, save what is needed to go on."""
         if self.board:
             self.board.step(line)
-        if self.folder is None:
-            return
-        text = (json.dumps(line) + "\n").encode()
-        with naming(self.folder / runs.LOG):
-            if self.stream.write(text) != len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.crc = zlib.crc32(text, self.crc)
         self.now = line["step"] + 1, learning, optimiser
-        if self.asked or time.monotonic() - self.saved >= SECONDS:
+        if self.folder is not None:
+            text = (json.dumps(line) + "\n").encode()
+            with naming(self.folder / runs.LOG):
+                if self.stream.write(text) != len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.crc = zlib.crc32(text, self.crc)
+        self.stop()
+        if time.monotonic() - self.saved >= SECONDS:
             self.save()
 
-    def save(self) -> None:
-        """The checkpoint, after what it goes on from is on the disk. Raises the KeyboardInterrupt that is due."""
-        if self.folder is not None and self.now is not None:
-            step, learning, optimiser = self.now
-            self.saved = time.monotonic()
-            os.fsync(self.stream.fileno())
-            if self.board:
-                self.board.flush()
-            state = {"format": FORMAT, "step": step, "log": self.crc, "optimiser": optimiser.state_dict()}
-            state["learning"] = {k: v.detach() for k, v in learning.items()}
-            sealed.write(state, self.folder / CHECKPOINT, self.folder / PREVIOUS)
-            if self.asked:
-                raise self.asked[0](f"after step {step}, which is saved")
-        if self.asked:
-            raise self.asked[0]
+    def stop(self) -> None:
+        """Raises, in all processes, the KeyboardInterrupt that is due in one, after what was done is saved."""
+        asked = next((kind for each in distributed.gather(self.asked[:1]) for kind in each), None)
+        if asked is None:
+            return
+        saved = distributed.told(self.save())
+        raise asked(f"after step {saved}, which is saved") if saved else asked
+
+    def save(self) -> int:
+        """The checkpoint, after what it goes on from is on the disk; the step to go on with. 0: nothing is saved."""
+        if self.folder is None or self.now is None:
+            return 0
+        step, learning, optimiser = self.now
+        self.saved = time.monotonic()
+        os.fsync(self.stream.fileno())
+        if self.board:
+            self.board.flush()
+        state = {"format": FORMAT, "step": step, "log": self.crc, "optimiser": optimiser.state_dict()}
+        state["learning"] = {k: v.detach() for k, v in learning.items()}
+        sealed.write(state, self.folder / CHECKPOINT, self.folder / PREVIOUS)
+        return step
 
     def close(self, drop: bool = False) -> None:
         """Close the curves; with `drop`, remove the folder: there is nothing to go on with."""

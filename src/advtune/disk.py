@@ -70,6 +70,12 @@ def check_writable(out: Path) -> None:
         raise UserError(f"{place}: read-only, or not yours to write to; choose another --out")
 
 
+def check_plain(path: Path) -> None:
+    """Raises OSError for a pipe or a device: what is written beside and renamed would take its place."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "a pipe or a device; name a file", str(path))
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """A block that writes `path`: an OSError, also one that a library turned into its own, then says so."""

@@ -1,4 +1,4 @@
-"""Read and write CLIP weights in Hugging Face's folder format; every tensor is used, every parameter filled."""
+"""A backbone by its name: embedded, a folder, a file, a hub id; every tensor is used, every parameter filled."""
 
 from __future__ import annotations
 

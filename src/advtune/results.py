@@ -8,8 +8,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from secrets import token_hex
 from typing import Any
 
 from advtune import __version__
-from advtune.disk import crc_fits, naming, with_crc
+from advtune.disk import check_plain, crc_fits, locked, naming, with_crc
 from advtune.errors import UserError, suggest
 from advtune.kinds import check_kinds
 from advtune.untrusted import parse_json
@@ -156,7 +155,8 @@ def append(path: str | os.PathLike[str], row: Row) -> None:
     line = row.to_json().encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        with naming(path), _locked(handle):
+        with naming(path):
+            locked(handle, wait=True)  # closing the handle lets go
             line = _mend(handle, path) + line
             end = os.fstat(handle).st_size
             try:
@@ -196,6 +196,7 @@ def read(*paths: str | os.PathLike[str]) -> list[Row]:
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes beside, waits for the disk, renames: the file is whole or untouched. Text is UTF-8."""
     path = Path(path)
+    check_plain(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
     try:
@@ -206,17 +207,6 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(handle: int) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: one writer a file
-        yield
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    yield  # closing the handle lets go
 
 
 def _mend(handle: int, path: Path) -> bytes:

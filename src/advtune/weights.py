@@ -82,5 +82,7 @@ def check_floats(name: str, value: Tensor, where: str | Path) -> None:
     if value.dtype not in FLOATS or value.layout != torch.strided or value.device.type != "cpu":
         kind = str(value.dtype).removeprefix("torch.")
         raise UserError(f"{where}: {name} holds {kind} numbers, not floating-point weights; get the unquantised model")
+    if value.nbytes > value.untyped_storage().nbytes():  # a view that repeats a few, and would fill the memory
+        raise UserError(f"{where}: {name} is larger than what the file holds of it; get another copy of the model")
     if not bool(value.float().isfinite().all()):
         raise UserError(f"{where}: {name} holds nan or infinite weights; get another copy of the model")

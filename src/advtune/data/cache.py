@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from advtune.disk import locked, naming
+from advtune.disk import check_plain, locked, naming
 
 Arrays = tuple[np.ndarray, np.ndarray]
 BLANK = b"00000000"  # where the checksum will stand
@@ -98,6 +98,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
+    check_plain(file)
     beside = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from advtune.errors import UserError
 from advtune.untrusted import visible
 
 DEPTH = 64  # of tables within tables
+TABLES = 100_000  # that are looked into: one that is named twice at every depth would be without end
 DTYPES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -106,6 +107,7 @@ def read(file: Path) -> dict[str, Any]:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             record(archive, name)
             found = Reader(archive, name).load()
+            deque(flat(found), 0)
     except StopIteration:
         raise UserError(f"{file}: a zip file, but no archive of PyTorch's") from None
     except pickle.UnpicklingError as error:
@@ -117,12 +119,18 @@ def read(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"": found}
 
 
-def flat(value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in tables and modules, with dotted names."""
+def flat(
+    value: Any, prefix: str = "", depth: int = 0, left: Iterator[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """All tensors in tables and modules, with dotted names. Raises UnpicklingError for more than TABLES tables, which
+    `read` lets nobody have."""
+    left = iter(range(TABLES)) if left is None else left
     if isinstance(value, Inert):
         value = value.state
     if isinstance(value, Tensor):
         yield prefix, value
     elif isinstance(value, dict) and depth < DEPTH:
+        if next(left, None) is None:
+            raise pickle.UnpicklingError(f"more than {TABLES} tables")
         for key, each in value.items():
-            yield from flat(each, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+            yield from flat(each, f"{prefix}.{key}" if prefix else str(key), depth + 1, left)
