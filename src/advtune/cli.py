@@ -102,6 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _attacks(args: argparse.Namespace) -> list[Any]:
     """The attack asked for; of several eps, one for each, ascending."""
     from advtune.attacks import ATTACKS, check_measures
+    from advtune.edits import TEXTUAL
     from advtune.options import fill
 
     if args.attack in (None, "none"):
@@ -112,13 +113,14 @@ def _attacks(args: argparse.Namespace) -> list[Any]:
     if args.attack == "transfer":
         raise UserError("transfer: name the attack, and with --source DIR the model to make the images on")
     check_measures(args.attack)
-    if args.attack not in ATTACKS:
-        raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, ATTACKS)}")
+    known = ATTACKS | TEXTUAL
+    if args.attack not in known:
+        raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, known)}")
     rest = [option for option in args.attack_options if not option.replace(" ", "").startswith("eps=")]
     given = [option.partition("=")[2].split(",") for option in args.attack_options if option not in rest]
     if len(given) != 1 or len(given[0]) == 1:
-        return [fill(ATTACKS[args.attack], args.attack_options, f"attack {args.attack}")]
-    attacks = [fill(ATTACKS[args.attack], [*rest, f"eps={eps}"], f"attack {args.attack}") for eps in given[0]]
+        return [fill(known[args.attack], args.attack_options, f"attack {args.attack}")]
+    attacks = [fill(known[args.attack], [*rest, f"eps={eps}"], f"attack {args.attack}") for eps in given[0]]
     if len({attack.eps for attack in attacks}) < len(attacks):
         raise UserError(f"attack {args.attack}: eps={','.join(given[0])} names a radius twice")
     return sorted(attacks, key=lambda attack: attack.eps)
