@@ -129,6 +129,7 @@ def _attacks(args: argparse.Namespace) -> list[Any]:
 def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, Any]]:
     """The model, the task and the keyword arguments that tune and evaluate share."""
     from advtune import runs
+    from advtune.data.templates import read_templates
     from advtune.evaluation import task_for
 
     if args.limit is not None and args.limit < 1:
@@ -141,7 +142,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
     name += "" if args.image_size is None else f"@{args.image_size}"
     with distributed.in_turn():
         model = runs.load(name, args.device, args.precision, args.compile)
-        task = task_for(model, args.data, args.classes, args.template, args.subset)
+        task = task_for(model, args.data, args.classes, read_templates(args.template), args.subset)
     return model, task, dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image)
 
 
@@ -234,22 +235,24 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
+    from advtune.data.templates import read_templates
     from advtune.predict import Classifier, find, run
 
     files = find(args.images)
     classifier = Classifier(
-        args.model, args.classes, args.template, device=args.device, precision=args.precision,
+        args.model, args.classes, read_templates(args.template), device=args.device, precision=args.precision,
         batch_size=args.batch_size,
     )  # fmt: skip
     return 1 if run(classifier, files, args.top, args.csv, args.json) else 0
 
 
 def export(args: argparse.Namespace) -> None:
+    from advtune.data.templates import read_templates
     from advtune.export import export as write
 
     made = write(
-        args.model, args.to, args.out, classes=args.classes, template=args.template, push=args.push,
-        private=args.private,
+        args.model, args.to, args.out, classes=args.classes, template=read_templates(args.template),
+        push=args.push, private=args.private,
     )  # fmt: skip
     print(json.dumps(made, indent=1) if args.json else "\n".join(made["lines"]))
 
