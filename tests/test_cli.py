@@ -426,11 +426,12 @@ def test_compare_without_a_pair_is_one_line(zero, run, base, tmp_path, capsys):
 
 def test_list_attacks_shows_all_with_their_options(capsys):
     from advtune.attacks import ATTACKS
+    from advtune.edits import TEXTUAL
 
     assert main(["list", "attacks"]) == 0
     shown = capsys.readouterr().out
     names = [line for line in shown.splitlines() if line and not line.startswith(" ")]
-    assert names[:-1] == list(ATTACKS)
+    assert names[:-1] == [*ATTACKS, *TEXTUAL]
     assert names[-1].startswith("transfer: ")
     for line in ("eps=1/255", "version=standard (standard | rand)", "queries=5000", "loss=dlr-targeted", "bpda=false"):
         assert f"    {line}" in shown

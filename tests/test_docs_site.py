@@ -52,9 +52,10 @@ def test_tables_hold_their_columns(pages):
 
 def test_every_attack_stands_on_the_page(pages):
     from advtune.attacks import ATTACKS, TRAINING
+    from advtune.edits import TEXTUAL
 
     headings = re.findall(r"^##+ (\S+)$", pages.attacks_page(), re.MULTILINE)
-    assert set(headings) == {*ATTACKS, *TRAINING}
+    assert set(headings) == {*ATTACKS, *TEXTUAL, *TRAINING}
 
 
 def test_the_api_names_exist(pages):

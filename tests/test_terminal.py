@@ -400,4 +400,4 @@ def test_hints():
 
 def test_an_option_s_beginning_and_a_value_like_one_are_left_to_argparse():
     args = parse(build(), ["train", "capt", "--da", "x", "--out", "o", "--template", "--a b {}"])
-    assert (args.data, args.template) == ("x", "--a b {}")
+    assert (args.data, args.template) == ("x", ["--a b {}"])

@@ -175,7 +175,8 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int 
     p.add_argument("--subset", default="all", choices=("all", "base", "new"),
                    help="base: the first half of the classes, rounded up; new: the others (default all)")  # fmt: skip
     p.add_argument("--classes", metavar="JSON|NAMES", help="other class names: a JSON file, or names with commas")
-    p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the data set's)")
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help="text template with one {} (default: the "
+                   "data set's); several, a .txt or `ensemble`: averaged")  # fmt: skip
     p.add_argument("--resolution", metavar="N|native", help="side of the attacked image (default: the model's)")
     p.add_argument("--on-bad-image", default="fail", choices=("fail", "skip"), help="on a corrupt image (default fail)")
     _machine(p)
@@ -248,7 +249,8 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="DIR|B", help="a run folder, or a backbone: mini, a folder, a hub id")
     p.add_argument("--classes", metavar="JSON|NAMES", help="class names: a JSON file, or names with commas "
                    "(default: those the run was tuned on)")  # fmt: skip
-    p.add_argument("--template", metavar="TEXT", help="text template with one {} (default: the run's)")
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help="text template with one {} (default: the "
+                   "run's); several, a .txt or `ensemble`: averaged")  # fmt: skip
 
 
 def _serve(verbs: Any) -> None:

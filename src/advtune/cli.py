@@ -102,6 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _attacks(args: argparse.Namespace) -> list[Any]:
     """The attack asked for; of several eps, one for each, ascending."""
     from advtune.attacks import ATTACKS, check_measures
+    from advtune.edits import TEXTUAL
     from advtune.options import fill
 
     if args.attack in (None, "none"):
@@ -112,13 +113,14 @@ def _attacks(args: argparse.Namespace) -> list[Any]:
     if args.attack == "transfer":
         raise UserError("transfer: name the attack, and with --source DIR the model to make the images on")
     check_measures(args.attack)
-    if args.attack not in ATTACKS:
-        raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, ATTACKS)}")
+    known = ATTACKS | TEXTUAL
+    if args.attack not in known:
+        raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, known)}")
     rest = [option for option in args.attack_options if not option.replace(" ", "").startswith("eps=")]
     given = [option.partition("=")[2].split(",") for option in args.attack_options if option not in rest]
     if len(given) != 1 or len(given[0]) == 1:
-        return [fill(ATTACKS[args.attack], args.attack_options, f"attack {args.attack}")]
-    attacks = [fill(ATTACKS[args.attack], [*rest, f"eps={eps}"], f"attack {args.attack}") for eps in given[0]]
+        return [fill(known[args.attack], args.attack_options, f"attack {args.attack}")]
+    attacks = [fill(known[args.attack], [*rest, f"eps={eps}"], f"attack {args.attack}") for eps in given[0]]
     if len({attack.eps for attack in attacks}) < len(attacks):
         raise UserError(f"attack {args.attack}: eps={','.join(given[0])} names a radius twice")
     return sorted(attacks, key=lambda attack: attack.eps)
@@ -127,6 +129,7 @@ def _attacks(args: argparse.Namespace) -> list[Any]:
 def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, Any]]:
     """The model, the task and the keyword arguments that tune and evaluate share."""
     from advtune import runs
+    from advtune.data.templates import read_templates
     from advtune.evaluation import task_for
 
     if args.limit is not None and args.limit < 1:
@@ -139,7 +142,7 @@ def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, An
     name += "" if args.image_size is None else f"@{args.image_size}"
     with distributed.in_turn():
         model = runs.load(name, args.device, args.precision, args.compile)
-        task = task_for(model, args.data, args.classes, args.template, args.subset)
+        task = task_for(model, args.data, args.classes, read_templates(args.template), args.subset)
     return model, task, dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image)
 
 
@@ -232,22 +235,24 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
+    from advtune.data.templates import read_templates
     from advtune.predict import Classifier, find, run
 
     files = find(args.images)
     classifier = Classifier(
-        args.model, args.classes, args.template, device=args.device, precision=args.precision,
+        args.model, args.classes, read_templates(args.template), device=args.device, precision=args.precision,
         batch_size=args.batch_size,
     )  # fmt: skip
     return 1 if run(classifier, files, args.top, args.csv, args.json) else 0
 
 
 def export(args: argparse.Namespace) -> None:
+    from advtune.data.templates import read_templates
     from advtune.export import export as write
 
     made = write(
-        args.model, args.to, args.out, classes=args.classes, template=args.template, push=args.push,
-        private=args.private,
+        args.model, args.to, args.out, classes=args.classes, template=read_templates(args.template),
+        push=args.push, private=args.private,
     )  # fmt: skip
     print(json.dumps(made, indent=1) if args.json else "\n".join(made["lines"]))
 

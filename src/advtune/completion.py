@@ -47,6 +47,7 @@ def names() -> dict[str, list[str]]:
     from advtune.attacks import ATTACKS
     from advtune.data.catalog import names as sets
     from advtune.defences import DEFENCES
+    from advtune.edits import TEXTUAL
     from advtune.listing import HUB_BACKBONES
     from advtune.methods import METHODS
     from advtune.protocols import PROTOCOLS
@@ -56,6 +57,6 @@ def names() -> dict[str, list[str]]:
     tuned = [name for name in METHODS if name != "zero-shot"]
     return {
         "method": tuned, "fix": tuned, "methods": list(METHODS), "study": list(PROTOCOLS), "data": list(sets()),
-        "train_on": list(sets()), "attack": [*ATTACKS, "none"], "defence": list(DEFENCES),
+        "train_on": list(sets()), "attack": [*ATTACKS, *TEXTUAL, "none"], "defence": list(DEFENCES),
         "backbone": backbones, "model": backbones, "against": list(papers()),
     }  # fmt: skip

@@ -21,6 +21,7 @@ from advtune.data import Split, Task, load_images, load_task
 from advtune.data.images import DECODER, cache_dir
 from advtune.defences import DEFENCES
 from advtune.draws import seeded
+from advtune.edits import TextEdits, check_textual, withstand_edits
 from advtune.errors import UserError
 from advtune.progress import progress
 from advtune.results import Row, append, read
@@ -35,7 +36,7 @@ GRADIENT_SAMPLE = 128  # images whose input gradients are looked at for exact ze
 def evaluate(
     model: VLM | str,
     data: Task | str,
-    attack: Attack | None = None,
+    attack: Attack | TextEdits | None = None,
     *,
     part: str = "test",
     limit: int | None = None,
@@ -56,7 +57,8 @@ def evaluate(
     come from the data set, so a tuned model on another set is a cross-dataset evaluation. checks: look for signs
     that the number is too high (default: with AutoAttack). source: make the adversarial images on this other model
     (transfer). defence: a step on the images before the model, attacked through. out: folder whose results.jsonl
-    gets the row. resume: keep a journal in the cache folder, and go on from it; only for models read from disk.
+    gets the row. resume: keep a journal in the cache folder, and go on from it; only for models read from disk. With
+    `TextEdits` the class texts are attacked, not the images: no source, defence or checks, and no journal.
     Raises UserError on bad input.
     """
     return evaluate_all(
@@ -75,7 +77,7 @@ def evaluate_curve(model: VLM | str, data: Task | str, attack: Attack, eps: Sequ
 
 
 def evaluate_all(
-    model: VLM | str, data: Task | str, attacks: Sequence[Attack | None], *, part: str = "test",
+    model: VLM | str, data: Task | str, attacks: Sequence[Attack | TextEdits | None], *, part: str = "test",
     limit: int | None = None, resolution: int | str | None = None, on_bad: str = "fail", batch_size: int = 64,
     seed: int = 0, checks: bool | None = None, source: VLM | str | None = None, defence: Function | None = None,
     out: str | Path | None = None, resume: bool = False, show: bool = True,
@@ -83,15 +85,7 @@ def evaluate_all(
     """A row for each attack; the balls of later ones hold those of earlier ones. Arguments: see `evaluate`."""
     begin = time.monotonic()
     check_seed(seed)
-    for attack in attacks:
-        check_measures("" if attack is None else attack.name)
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: at least 1 image is needed")
-    if source is not None and attacks[0] is None:
-        raise UserError("source: transfer needs an attack to make the images with")
-    bpda = any(getattr(attack, "bpda", False) for attack in attacks)
-    if bpda and defence is None:
-        raise UserError("bpda=true stands in for a step before the model; name the step with --defence jpeg")
+    bpda = check_asked(attacks, batch_size, source, defence, checks)
     model = runs.load(model) if isinstance(model, str) else model
     source = runs.load(source, str(model.device), compile=bool(model.compiled)) if isinstance(source, str) else source
     training = any(each is not None and each.learned and not each.run for each in (model, source))
@@ -104,8 +98,11 @@ def evaluate_all(
     with distributed.in_turn():
         images = load_images(task, split, progress=show).on(model.device)
     distributed.agree([images.sha256, model.origin.sha256, batch_size, seed], "what is evaluated")
-    threat = threat_model(source, defence, attacks[-1])
+    textual = attacks[0] if isinstance(attacks[0], TextEdits) else None
+    threat = textual.threat if textual else threat_model(source, defence, attacks[-1])
     s = Setting(model, task, split, images, batch_size, seed, show, threat, source, defence)
+    if textual:
+        return keep([text_row(s, textual, begin)], out)
     clean = predict(s) == images.y
     if attacks[0] is None:
         return keep([row(s, None, clean, None, None, [], time.monotonic() - begin)], out)
@@ -116,7 +113,7 @@ def evaluate_all(
     other = other_model(s) if looked else None
     stands, rows = clean, []
     for number, attack in enumerate(attacks):
-        assert attack is not None
+        assert attack is not None and not isinstance(attack, TextEdits)
         if made_on is not None:
             attack = Transfer(attack, made_on)
         label = f"eps {attack.eps * 255:g}/255 " if len(attacks) > 1 else ""
@@ -131,6 +128,32 @@ def evaluate_all(
         begin = time.monotonic()
     journal.close()
     return rows
+
+
+def check_asked(
+    attacks: Sequence[Any], batch_size: int, source: Any, defence: Function | None, checks: bool | None
+) -> bool:
+    """Whether an attack pretends that the step before the model does nothing. Raises UserError for what does not go
+    together."""
+    for attack in attacks:
+        check_measures("" if attack is None else attack.name)
+    check_textual(attacks, source=source, defence=defence, checks=checks)
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: at least 1 image is needed")
+    if source is not None and attacks[0] is None:
+        raise UserError("source: transfer needs an attack to make the images with")
+    bpda = any(getattr(attack, "bpda", False) for attack in attacks)
+    if bpda and defence is None:
+        raise UserError("bpda=true stands in for a step before the model; name the step with --defence jpeg")
+    return bpda
+
+
+def text_row(s: Setting, attack: TextEdits, begin: float) -> Row:
+    """The row of an attack on the class texts: every image goes through its tower once."""
+    with torch.no_grad():
+        encode, compare = s.model.towers(s.model.tokens(s.task.classes, s.task.template))
+    clean, outcome = withstand_edits(s, attack, of_images(s, encode), compare)
+    return row(s, attack, clean, outcome, None, [], time.monotonic() - begin)
 
 
 def keep(rows: Sequence[Row], out: str | Path | None, again: bool = False) -> list[Row]:
@@ -160,25 +183,30 @@ def task_for(
 
 
 def predict(s: Setting) -> Tensor:
-    """Predicted labels [N] of clean images. Several processes take the batches in turn; behind a defence, which may be
-    random from batch to batch, each takes all."""
+    """Predicted labels [N] of clean images."""
+    return of_images(s, s.f, labels=True)
+
+
+def of_images(s: Setting, f: Function, labels: bool = False) -> Tensor:
+    """What f makes of all images, [N, K], or with `labels` its greatest's place [N]. Several processes take the batches
+    in turn; behind a defence, which may be random from batch to batch, each takes all."""
     found, batches = dict[int, Tensor](), torch.arange(len(s.images.y)).split(s.size)
     step, first = (distributed.world(), distributed.rank()) if s.defence is None else (1, 0)
 
     def work() -> dict[int, Tensor]:
         with progress("clean", len(s.images.y), "image", s.show) as advance, torch.no_grad():
             for number in range(first, len(batches), step):
-                logits = s.f(s.images.batch(batches[number], s.model.device)[0])
-                if not bool(logits.isfinite().all()):
+                made = f(s.images.batch(batches[number], s.model.device)[0])
+                if not bool(made.isfinite().all()):
                     raise UserError(
                         "the model's logits are not finite; it diverged in tuning, or its weights are damaged"
                     )
-                found[number] = logits.argmax(1).cpu()
+                found[number] = (made.argmax(1) if labels else made).cpu()
                 advance(sum(map(len, batches[number : number + step])))
         return found
 
     with seeded(s.seed, s.model.device):
-        done = {number: labels for each in distributed.attempt(work) for number, labels in each.items()}
+        done = {number: each for share in distributed.attempt(work) for number, each in share.items()}
     return torch.cat([done[number] for number in range(len(batches))])
 
 

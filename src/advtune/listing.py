@@ -63,8 +63,10 @@ def _methods() -> list[dict[str, Any]]:
 
 def _attacks() -> list[dict[str, Any]]:
     from advtune.attacks import ATTACKS
+    from advtune.edits import TEXTUAL
 
-    return [{"name": name, "about": _about(attack), "options": describe(attack)} for name, attack in ATTACKS.items()]
+    known = (ATTACKS | TEXTUAL).items()
+    return [{"name": name, "about": _about(attack), "options": describe(attack)} for name, attack in known]
 
 
 def _data() -> list[dict[str, Any]]:

@@ -90,10 +90,11 @@ class Parser(argparse.ArgumentParser):
         if "-a" not in flags:
             return {}
         from advtune.attacks import ATTACKS, TRAINING
+        from advtune.edits import TEXTUAL
         from advtune.methods import METHODS
         from advtune.options import describe
 
-        attacks = (TRAINING if "-o" in flags else ATTACKS).values()
+        attacks = (TRAINING if "-o" in flags else ATTACKS | TEXTUAL).values()
         of = {"-o": [part for kind in METHODS.values() for part in (kind.recipe, kind)], "-a": attacks}
         found = {
             flag: {each["name"]: each["name"] for thing in things for each in describe(thing)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from advtune import determinism, runs
-from advtune.attacks import Attack, Defended, Transfer
+from advtune.attacks import Defended, Transfer
 from advtune.attacks.gradients import Function
 from advtune.data import Images, Split, Task
 from advtune.options import as_options
@@ -49,7 +49,7 @@ class Setting:
         return f if self.defence is None else Defended(self.defence, f)
 
 
-def threat_model(source: VLM | None, defence: Function | None, attack: Attack | None) -> str:
+def threat_model(source: VLM | None, defence: Function | None, attack: Any) -> str:
     """What the attack knows, in words; without an attack, what stands before the model."""
     behind = "" if defence is None else f"behind the defence {getattr(defence, '__name__', 'given')}"
     if attack is None:
@@ -63,7 +63,7 @@ def threat_model(source: VLM | None, defence: Function | None, attack: Attack | 
 
 
 def row(
-    s: Setting, attack: Attack | None, clean: Tensor, outcome: Outcome | None, zero: dict[str, float] | None,
+    s: Setting, attack: Any, clean: Tensor, outcome: Outcome | None, zero: dict[str, float] | None,
     checks: list[dict[str, Any]], seconds: float, carried: bool = False,
 ) -> Row:  # fmt: skip
     """Everything a table needs of one evaluation."""
@@ -116,7 +116,7 @@ def row(
     )
 
 
-def noted(s: Setting, attack: Attack | None, carried: bool) -> list[str]:
+def noted(s: Setting, attack: Any, carried: bool) -> list[str]:
     """What a reader of the row should know of the run and of this evaluation."""
     notes = list(s.model.run.get("notes", []))
     known = sum(sha in s.model.seen for sha in runs.short(s.images.hashes))

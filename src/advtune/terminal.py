@@ -17,6 +17,7 @@ from advtune.listing import COLUMNS, END, FASTER, backbone_row, recipes, show, s
 from advtune.untrusted import visible
 
 LOUD = ("alarm", "warning")  # how a line begins that must not be overlooked
+NAMED = 6  # edits shown of an attack on texts
 ROOM = 30  # columns that the words beside the numbers need
 
 
@@ -153,6 +154,9 @@ def particulars(row: Any) -> list[str]:
         lines.append(f"  {row.threat}")
     if len(row.stages) > 1:
         lines.append("  " + ", ".join(f"{s['attack']}: {s['fell']} of {s['attacked']} fell" for s in row.stages))
+    for stage in row.stages:
+        changes = [f"{name!r} -> {text!r}" for name, text in stage.get("edits", {}).items()]
+        lines += [f"  {', '.join(changes[:NAMED])}" + (" ..." if len(changes) > NAMED else "")] if changes else []
     if row.checks:
         alarms = [each for each in row.checks if each["alarm"]]
         lines.append(f"checks: {len(row.checks)} made, {len(alarms) or 'no'} alarm{'s' if len(alarms) != 1 else ''}")
@@ -181,6 +185,8 @@ def _attack(row: Any) -> str:
 
     if row.attack is None:
         return ""
+    if "distance" in row.attack:
+        return f"{row.attack['name']} {row.attack['norm']} distance={row.attack['distance']}"
     steps = f" steps={row.attack['steps']}" if "steps" in row.attack else ""
     return f"{row.attack['name']} {row.attack['norm']} eps={pixels(row.attack['eps'])}{steps}"
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Encoder
 from torch import Tensor
 
 from advtune.clip import ClipConfig
+from advtune.data.templates import filled, parts
 from advtune.errors import UserError
 from advtune.untrusted import TEXT_BYTES, parse_json, read_bytes, read_json, visible
 
@@ -65,7 +66,9 @@ class Tokenizer:
     def prompts(self, classes: Sequence[str], template: str, room: int = 0) -> Tensor:
         """The template filled with every class name, as ids [C, L], with at least `room` tokens between the
         start token and the class name for a learned prompt to overwrite; placeholders fill what the template
-        lacks, so a learned prompt never overwrites a name."""
+        lacks, so a learned prompt never overwrites a name. Of several templates [T, C, L], without room."""
+        if len(several := parts(template)) > 1:
+            return self(filled(classes, template)).view(len(several), len(classes), -1)
         prefix = template.split("{}")[0].strip()
         have = len(self.pieces(prefix)) if prefix else 0
         padding = " ".join([PLACEHOLDER] * max(0, room - have))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from advtune.clip import CLIP
 from advtune.compiled import Compiled, check_compiler
+from advtune.data.templates import parts
 from advtune.errors import UserError
 from advtune.memory import room
 from advtune.portions import encode
@@ -194,11 +195,14 @@ class VLM(nn.Module):
 
     def tokens(self, classes: Sequence[str], template: str) -> Tensor:
         """Token ids [C, L] of the class texts, with room for the learned text prompt; on the processor, where their
-        lengths are read. Raises UserError for other classes than a class-specific context was learned for."""
+        lengths are read; [T, C, L] of several templates. Raises UserError for other classes than a class-specific
+        context was learned for, and for several templates beside a learned text prompt."""
         text = self._prompts().text
         if self.classes and tuple(classes) != self.classes:
             raise UserError("a class-specific context fits only the classes it was tuned on; tune context=unified")
         room = 0 if text is None else text.shape[-2]
+        if text is not None and len(parts(template)) > 1:
+            raise UserError("several templates are averaged only where no text prompt is learned; give one --template")
         return self.tokenizer.prompts(classes, self.template or template, room)
 
     def image_features(self, x: Tensor) -> Tensor:
@@ -215,7 +219,7 @@ class VLM(nn.Module):
         return self._image(x, self._prompts(), dense=True)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """Token ids [C, L] -> unit vectors [C, D]."""
+        """Token ids [C, L] -> unit vectors [C, D]; of several templates [T, C, L] their mean, made a unit again."""
         return self._text(tokens, self._prompts().text)
 
     def logits(self, x: Tensor, text: Tensor) -> Tensor:
@@ -258,6 +262,9 @@ class VLM(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
     def _text(self, tokens: Tensor, prompts: Tensor | None) -> Tensor:
+        if tokens.dim() == 3:
+            each = self._text(tokens.flatten(0, 1), prompts)
+            return F.normalize(each.view(*tokens.shape[:2], -1).mean(0), dim=-1)
         cache = self._cache
         constant = prompts is None and not any(p.requires_grad for p in self.clip.text.parameters())
         if constant and cache.tokens is not None and torch.equal(cache.tokens, tokens.cpu()):

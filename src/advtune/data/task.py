@@ -11,6 +11,7 @@ from advtune.data.catalog import entry, names
 from advtune.data.named import open_named
 from advtune.data.parquet import open_hub, open_parquet
 from advtune.data.sources import Part, Source, normal, open_csv, open_folder
+from advtune.data.templates import filled, parts
 from advtune.errors import UserError, suggest
 from advtune.untrusted import UNSEEN, read_json
 
@@ -49,8 +50,8 @@ class Task:
     split: str = ""
 
     def texts(self) -> list[str]:
-        """The template filled with each class name, in label order: C texts."""
-        return [self.template.replace("{}", name) for name in self.classes]
+        """The template filled with each class name, in label order: C texts; of several templates one after another."""
+        return filled(self.classes, self.template)
 
 
 def load_task(
@@ -61,7 +62,8 @@ def load_task(
 
     classes: a JSON file (a list with one name per label, or {old: new}), comma-separated names, or a sequence
     with one name per label, in the source's label order.
-    template: exactly one {} and no other brace. subset: all, base or new; `classes` names every class still.
+    template: exactly one {} and no other brace; or several with " | " between them, averaged.
+    subset: all, base or new; `classes` names every class still.
     tuned: a run's record of its training set; if that is this set, its words are used where no others are given.
     Raises UserError for anything that is missing, empty, ambiguous or not distinct.
     """
@@ -135,8 +137,9 @@ def check_task(task: Task) -> None:
 
 def check_words(classes: Sequence[str], template: str, what: str) -> None:
     """Raises UserError unless there are two or more distinct class texts and the template is sound; `what` has them."""
-    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-        raise UserError(f"the template {template!r} must hold exactly one {{}} and no other brace")
+    for each in parts(template):
+        if each.count("{}") != 1 or set("{}") & set(each.replace("{}", "")):
+            raise UserError(f"the template {each!r} must hold exactly one {{}} and no other brace")
     if len(classes) < 2:
         raise UserError(f"{what} has {len(classes)} class; a classifier needs two or more")
     seen: dict[str, str] = {}

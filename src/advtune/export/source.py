@@ -12,6 +12,8 @@ from typing import Any
 from advtune import runs
 from advtune.data.catalog import entry, names
 from advtune.data.task import TEMPLATE, Words
+from advtune.data.templates import parts
+from advtune.errors import UserError
 from advtune.formats.spec import Spec, parse
 from advtune.predict import words
 from advtune.pretrained import locate
@@ -47,6 +49,8 @@ def open_source(name: str, classes: Words | None, template: str | None, out: Pat
     given, filled = (), template or TEMPLATE
     if classes is not None or model.run.get("train", {}).get("classes"):
         given, filled = words(model, classes, template)  # type: ignore[assignment]
+    if len(parts(filled)) > 1:
+        raise UserError("an export holds one template, and these words have several; give one --template")
     root = foundation(name)
     spec = parse(root)
     base = root if HUB_ID.fullmatch(spec.name) and spec == Spec(root) and not expanded(root).is_dir() else ""

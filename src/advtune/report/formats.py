@@ -67,6 +67,8 @@ def heading(section: Sequence[Line]) -> str:
     attack = line["attack"] or "no attack"
     if line["eps"] is not None:
         attack += f"{'' if line['norm'] == 'linf' else ' ' + line['norm']} eps {pixels(line['eps'])}"
+    if "distance" in line["attack_options"]:
+        attack += f" distance {line['attack_options']['distance']}"
     if line["steps"] is not None:
         attack += f", {line['steps']} steps"
     return f"{data}, {n}{size} · {attack} · {line['backbone']}"

@@ -82,6 +82,8 @@ def _measured(lines: Sequence[Measured]) -> str:
 
 def _attack(line: Line) -> str:
     eps = "" if line["eps"] is None else f" eps {pixels(line['eps'])}"
+    if "distance" in line["attack_options"]:
+        eps = f" distance {line['attack_options']['distance']}"
     norm = "" if line["norm"] == "linf" else f" {line['norm']}"
     return f"{line['attack']}{norm}{eps}" + (f" ({line['steps']} steps)" if line["steps"] else "")
 
