@@ -404,3 +404,22 @@ def test_a_bad_picture_of_the_set_is_not_shown(tmp_path):
         file.write_bytes(b"junk")
     with pytest.raises(UserError, match="none of its pictures can be shown"):
         models.examples(load_task(f"folder:{root}"))
+
+
+def test_an_upload_goes_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "KEPT", 100)
+    old, new = tmp_path / "a" / "old.png", tmp_path / "b" / "new.png"
+    for each in (old, new):
+        each.parent.mkdir()
+        each.write_bytes(b"x")
+    (tmp_path / "link").symlink_to(new)
+    for each in (old, old.parent):
+        os.utime(each, (0, 0))
+    page.forget(None)
+    assert old.exists()
+    page.forget(str(tmp_path))
+    assert not old.exists()
+    assert new.exists() and (tmp_path / "link").is_symlink(), "what came just now stays"
+    os.utime(tmp_path / "a", (0, 0))
+    page.forget(str(tmp_path))
+    assert not (tmp_path / "a").exists()

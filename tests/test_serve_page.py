@@ -78,8 +78,8 @@ def test_load_upload_attack_see_the_class_change(served, tab, tmp_path):
     assert "its class" in tab.run("document.querySelector('#chosen').innerText")
     tab.send("#upload input[type=file], input[type=file]", tmp_path / "mine.png")
     tab.wait("document.querySelector('#chosen').innerText.includes('your own')")
-    tab.wait(READY)
     right = task.classes[int(said[chosen])]
+    tab.wait(READY)
     assert tab.run(CARDS)[1][1] == right
     tab.run(SET % 12)
     tab.click("#attack")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ Pick a picture: a change too small to see is made to it, and you read what each 
 CSS = Path(__file__).with_name("page.css")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # names alone: nothing is fetched
 THUMB = 96
+KEPT = 600  # seconds that an upload lies on the disk
 FIRST = "pgd"
 SHOW = """() => {
     const answer = document.getElementById("answer");
@@ -81,8 +84,8 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
         def pick(event: gr.SelectData) -> tuple[Example, str]:
             return shown[event.index], seen(shown[event.index], shelf)
 
-        def receive(file: str | None, before: Example) -> tuple[Example, str, str]:
-            return received(shelf, file, before)
+        def receive(file: str | None, before: Example) -> tuple[Example, str, str, str]:
+            return *received(shelf, file, before), ""  # what was said of another picture goes
 
         def answer_to(refusal: str, *given: Any) -> str:
             return panels.sentence(refusal) if refusal else answered(shelf, *given)
@@ -91,7 +94,7 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
         for done in (picked.then(answer, asked, out, **loud), go.click(answer, asked, out, **loud)):
             done.then(None, js=SHOW)
         # Here Gradio must look first: it holds that the path is of a file that was uploaded.
-        sent = upload.upload(receive, [upload, picture], [picture, preview, refused], api_visibility="private")
+        sent = upload.upload(receive, [upload, picture], [picture, preview, refused, out], api_visibility="private")
         sent.then(answer_to, [refused, *asked], out, **loud)
         attack.change(lambda name: _budget(OFFERS[name]), attack, budget, **quiet)
         gr.on([names.blur, names.submit], leads, [names, away], away, **quiet)
@@ -142,7 +145,7 @@ def received(shelf: Shelf, file: str | None, before: Example) -> tuple[Example, 
         if not file:
             raise UserError("No file came; choose a picture.")
         sent = Example(read_bytes(Path(file), MEGABYTES * 1_000_000), "")
-        forget(Path(file))
+        forget(os.environ.get("GRADIO_TEMP_DIR"))
         return sent, seen(sent, shelf), ""
     except UserError as error:
         return before, seen(before, shelf), str(error)
@@ -150,11 +153,13 @@ def received(shelf: Shelf, file: str | None, before: Example) -> tuple[Example, 
         return before, seen(before, shelf), f"The file cannot be read: {error.strerror}."
 
 
-def forget(file: Path) -> None:
-    """Remove an upload that was read: a page that is up for days does not keep what was sent. Nothing else goes."""
-    uploads = os.environ.get("GRADIO_TEMP_DIR")
-    if uploads and Path(uploads).resolve() in file.resolve().parents:
-        file.unlink(missing_ok=True)
+def forget(uploads: str | None) -> None:
+    """Remove what was sent long ago, so that a page that is up for days keeps little; two visitors who send the same
+    picture share a file, which is therefore not removed when the first has been answered."""
+    for path in sorted(Path(uploads).rglob("*"), reverse=True) if uploads else ():
+        with suppress(OSError):  # another call was first, or a folder is not empty
+            if time.time() - path.lstat().st_mtime > KEPT:
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def seen(picture: Example, shelf: Shelf) -> str:
