@@ -270,10 +270,8 @@ def judge(looks: dict[str, list[Look]], visits: Visits, ended: Sequence[str], wa
             seen[f"{name} {what}"] = {"first": first, "last": last, "most": max(one[what] for one in after)}
             if what == "memory" and abs(last - first) > FLAT * first:
                 broken.append(f"{name}: memory went from {first:.0f} to {last:.0f} MB")
-            # of open files, the least of many looks: what is held in passing is no leak
-            least = [min(one[what] for one in part) for part in (after[:fifth], after[-fifth:])]
-            if what == "files" and least[1] > least[0]:
-                broken.append(f"{name}: open files went from {least[0]:.0f} to {least[1]:.0f}")
+            if what == "files" and last > first:
+                broken.append(f"{name}: open files went from {first:.0f} to {last:.0f}")
             if what == "temporary" and last > 2 * first + 1e6:
                 broken.append(f"{name}: temporary files went from {first / 1e6:.1f} to {last / 1e6:.1f} MB")
     if visits.failed or not visits.seconds:

@@ -33,7 +33,7 @@ def test_nothing_is_broken_where_nothing_grows():
     [
         (looks(lambda i: 500 + i), visits(), [], "page: memory went from"),
         (looks(lambda i: 900 - i), visits(), [], "page: memory went from"),
-        (looks(files=lambda i: 16 + i // 25), visits(), [], "page: open files went from 16 to 19"),
+        (looks(files=lambda i: 16 + i // 30), visits(), [], "page: open files went from 16 to 19"),
         (looks(temporary=lambda i: 1e5 * i), visits(), [], "page: temporary files went from"),
         (looks(), visits(["ReadTimeout"]), [], "1 requests failed: ['ReadTimeout']"),
         (looks(), soak.Visits(), [], "0 requests failed"),
