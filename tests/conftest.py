@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they give
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what it leaves in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_tokenizer(folder: Path) -> int:

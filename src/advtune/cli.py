@@ -15,11 +15,10 @@ from typing import Any
 
 from advtune import distributed
 from advtune.arguments import build
-from advtune.ending import ended
+from advtune.ending import ended, warned
 from advtune.errors import UserError, near, suggest
 from advtune.examples import start
 from advtune.parsing import parse
-from advtune.untrusted import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(start(parser.verbs()), end="")
         return 0
     args = parse(parser, given)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = warned
     warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # such a picture is an error here
     return ended(VERBS[args.verb], args, given)
 
@@ -305,10 +304,6 @@ VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "predict": predict, "export": export, "serve": serve, "list": list_, "backbone": backbone, "demo": demo,
     "completion": completion,
 }  # fmt: skip
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"advtune: warning: {visible(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from advtune import distributed
 from advtune.determinism import LACKS, deterministic
@@ -172,3 +173,7 @@ def mendable(error: Exception) -> str:
     if distributed.lost(error):
         return "another process has ended; tuning goes on with --resume, evaluation by the same command"
     return ""
+
+
+def warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"advtune: warning: {visible(str(message))}", file=sys.stderr)
