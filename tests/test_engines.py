@@ -466,7 +466,7 @@ def test_ray_makes_the_rows_that_the_local_engine_makes(study, file, ray, marker
         ("zero-shot", None), ("tecoa", 0), ("tecoa", 1),
     ]  # fmt: skip
     assert in_folder(out) == in_folder(whole)
-    assert re.findall(r"\[(\d)/3\] \S+: done \((\d) running, 0 failed; \S+ s so far, about", printed.err)[-1] == (
+    assert re.findall(r"\[(\d)/3\] \S+: done \((\d) running, 0 failed; \S+ (?:s|min) so far, about", printed.err)[-1] == (
         "3",
         "0",
     )
