@@ -466,10 +466,8 @@ def test_ray_makes_the_rows_that_the_local_engine_makes(study, file, ray, marker
         ("zero-shot", None), ("tecoa", 0), ("tecoa", 1),
     ]  # fmt: skip
     assert in_folder(out) == in_folder(whole)
-    assert re.findall(r"\[(\d)/3\] \S+: done \((\d) running, 0 failed; \S+ (?:s|min) so far, about", printed.err)[-1] == (
-        "3",
-        "0",
-    )
+    told = re.findall(r"\[(\d)/3\] \S+: done \((\d) running, 0 failed; \S+ (?:s|min) so far, about", printed.err)
+    assert told[-1] == ("3", "0")
     assert ray.is_initialized()  # it is the test's
     assert main(["study", file, "--out", str(out), "--engine", "ray"]) == 0
     assert capsys.readouterr().err.count("was done") == 3
