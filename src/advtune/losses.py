@@ -34,6 +34,21 @@ def kl(p: Tensor, q: Tensor, temperature: float = 1.0) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def relations(p: Tensor, q: Tensor) -> Tensor:
+    """1 - correlation of the logits over the classes, in [0, 2]: logits p, q [B, C] -> [B].
+
+    Which classes an image is nearer to, whatever the scale and the shift of the logits: the relation between classes
+    of DIST (Huang et al., arXiv:2205.10536), on logits.
+    """
+    return 1 - F.cosine_similarity(p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True), dim=-1)
+
+
+def confidence(clean: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
+    """p0(y) / (p0(y) + p(y)) of each image, how far to lean on the frozen model: logits [B, C] of the tuned model and
+    of the frozen one, labels y [B] -> [B]. CAPT's adaptive balance, reconstructed."""
+    return torch.sigmoid(cross_entropy(clean, y) - cross_entropy(frozen, y))  # with p = exp(-ce)
+
+
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """max_{c != y} z_c - z_y of each image, above 0 when it is misclassified: logits [B, C], labels y [B] -> [B].
 

@@ -28,6 +28,13 @@ class Recipe:
     epochs: int = option(10, "passes over the training images", low=1)
     batch_size: int = option(32, "images a step", low=1)
     augment: bool = option(False, "random resized crop and horizontal flip")
+    average: float = option(
+        0.0, "decay of the moving average of the weights that is the result (0.99: of 100 steps); 0: the last",
+        low=0, high=0.9999,
+    )  # fmt: skip
+    interpolate: float = option(
+        1.0, "the result's place between the original image tower (0) and the tuned one (1)", low=0, high=1
+    )
 
     def optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser over the parameters that learn."""

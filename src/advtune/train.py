@@ -14,6 +14,7 @@ from torch import Tensor
 
 from advtune import determinism, distributed, runs
 from advtune.attacks import Attack, Free
+from advtune.averaging import averaged, follow, result, with_average
 from advtune.checkpoint import Log, claim, comparable, finish, finished
 from advtune.data import Images, Split, Task, load_images, load_task
 from advtune.draws import seeded
@@ -153,7 +154,7 @@ def tune(
     with distributed.in_turn():
         images = load_images(task, split, progress=show and writes)
     plan = Plan(method, chosen, recipe, made, model.requires_grad_(False), task, split, seed)
-    models = chosen.setup(model, task, seed)
+    models = with_average(chosen.setup(model, task, seed), recipe)
     config = plan.config(images, models, out)
     distributed.agree(comparable(config), "what is tuned")
     tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
@@ -222,6 +223,8 @@ def fit(
     size, per_epoch, cycle = plan.steps(len(images.y))
     steps = cycle * getattr(plan.method, "cycles", 1)
     learning, m, d = dict[str, Tensor](parameters), replays(plan.attack), torch.empty(0)
+    pairs = averaged(models)
+    learning |= {f"average.{name}": average for name, (average, _) in pairs.items()}
     if isinstance(plan.attack, Free):
         d = plan.attack.start((size, *images.x.shape[1:]), plan.seed).to(plan.backbone.device)
         learning["attack.d"] = d  # kept from batch to batch, so in the checkpoint
@@ -240,6 +243,7 @@ def fit(
                 batch = own_share(plan, images, rows, tokens, prepared, step // cycle)
                 rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
                 terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)], portions)
+                follow(pairs.values(), plan.recipe.average, step)
                 if step == steps - 1:
                     check_finite(plan, learning, rate)
                 log.step({"step": step, "epoch": number // per_epoch, "lr": rate, **terms}, learning, optimiser)
@@ -248,7 +252,7 @@ def fit(
         log.close(drop=not isinstance(error, NoRoom))  # with more room the run can go on
         raise
     log.close()
-    return models["student"]
+    return result(models, plan.backbone, plan.recipe)
 
 
 def restored(log: Log, learning: Mapping[str, Tensor], optimiser: torch.optim.Optimizer) -> int:

@@ -18,6 +18,7 @@ from advtune.clip import CLIP
 from advtune.compiled import Compiled, check_compiler
 from advtune.data.templates import parts
 from advtune.errors import UserError
+from advtune.low_rank import attach
 from advtune.memory import room
 from advtune.portions import encode
 from advtune.preprocess import Preprocess
@@ -112,8 +113,8 @@ class VLM(nn.Module):
         self, template: str, text: int, image: int, depth: int, coupling: str = "independent", seed: int = 0,
         pad: int = 0,
     ) -> VLM:  # fmt: skip
-        """A model of the same frozen towers with fresh trainable prompts (see `Prompts`); the first text prompt
-        starts from the first words of the template. Raises UserError when there are prompts already."""
+        """A model of the same towers with fresh trainable prompts (see `Prompts`), the first text prompt begun from the
+        template's first words. Raises UserError when there are prompts already."""
         words = self.tokenizer.pieces(template.split("{}")[0])[:text]
         start = self.clip.text.embed(torch.tensor(words, device=self.device)) if words else None
         return self._prompted(Prompts(self.clip, text, image, depth, coupling, start, seed, pad=pad))
@@ -127,30 +128,33 @@ class VLM(nn.Module):
 
     def with_fixed(self, learned: Learned) -> VLM:
         """This model with these prompts, as they are, in place of its own."""
-        return self._like(self.clip, FixedPrompts(*learned), self.learned)
+        return self.like(self.clip, FixedPrompts(*learned))
 
     def _prompted(self, prompts: Prompts) -> VLM:
         if self.prompts is not None:
             raise UserError("the backbone has learned prompts already; tune on a run that learned a tower")
-        return self._like(self.clip, prompts.to(self.device), ("prompts.",))
+        return self.like(self.clip, prompts.to(self.device), ("prompts.",))
 
-    def with_image_tower(self) -> VLM:
-        """A model with a trainable copy of the image tower; all else is shared and frozen."""
+    def with_image_tower(self, rank: int = 0, seed: int = 0) -> VLM:
+        """A model with a trainable copy of the image tower, or `rank` low-rank updates of one (see `attach`)."""
         clip = shell(self.clip)
         clip.image = copy.deepcopy(self.clip.image).requires_grad_(True)
-        return self._like(clip, self.prompts, ("clip.image.",))
+        if rank:
+            attach(clip.image, rank, seed)
+        return self.like(clip, self.prompts, ("clip.image.",))
 
     def with_preprocess(self, preprocess: Preprocess) -> VLM:
         """The same weights behind another resize, crop or normalisation."""
         clip = shell(self.clip)
         clip.config = dataclasses.replace(clip.config, preprocess=preprocess)
-        return self._like(clip, self.prompts, self.learned)
+        return self.like(clip, self.prompts)
 
-    def _like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...]) -> VLM:
+    def like(self, clip: CLIP, prompts: nn.Module | None, learned: tuple[str, ...] | None = None) -> VLM:
+        """A model of these parts that is used as this one is; learned: if None, what this one learned."""
         model = VLM(clip, self.tokenizer, self.origin, prompts)
-        model.precision, model.text_memory, model.learned = self.precision, self.text_memory, learned
-        model.compiled, model.recompute = self.compiled, self.recompute
-        model.template, model.classes = self.template, self.classes
+        model.learned = self.learned if learned is None else learned
+        for name in ("precision", "text_memory", "compiled", "recompute", "template", "classes"):
+            setattr(model, name, getattr(self, name))
         return model
 
     def delta(self) -> dict[str, Tensor]:
@@ -171,7 +175,7 @@ class VLM(nn.Module):
             model = self.with_image_tower()
         if any(name.startswith("prompts.") for name in delta):
             prompts = fixed(self.clip, {name: delta.get(f"prompts.{name}") for name in Learned._fields})
-            model = self._like(model.clip, prompts, ("prompts.",))
+            model = self.like(model.clip, prompts, ("prompts.",))
         parameters = dict(model.named_parameters())
         for name, value in delta.items():
             if name in [f"prompts.{each}" for each in Learned._fields]:
@@ -301,7 +305,6 @@ def load_vlm(name: str, device: str = "cpu", precision: str = "auto", compile: b
         check_compiler()
     read = read_pretrained(name)
     model = VLM(read.clip, read.tokenizer, Origin(read.name, read.sha256, read.notice)).to(device)
-    fast = native_bf16(model.device)
-    model.precision = ("bf16" if fast else "fp32") if precision == "auto" else precision
+    model.precision = precision if precision != "auto" else "bf16" if native_bf16(model.device) else "fp32"
     model.compiled = "inductor" if compile else ""
     return model

@@ -21,6 +21,7 @@ from advtune.methods.capt import CAPT
 from advtune.methods.coop import CoOp
 from advtune.methods.fap import FAP
 from advtune.methods.fare import FARE
+from advtune.methods.guided import Guided
 from advtune.methods.ivlp import IVLP
 from advtune.methods.maple import MaPLe
 from advtune.methods.pmg_aft import PMGAFT
@@ -78,6 +79,7 @@ METHODS: dict[str, type[Any]] = {
     "fap": FAP,
     "capt": CAPT,
     "apd": APD,
+    "guided": Guided,
 }
 
 
@@ -127,7 +129,10 @@ def training_attack(name: str, method: Method, given: Sequence[str] | Mapping[st
 
 
 def check_together(name: str, method: Method, recipe: Recipe, attack: Attack) -> None:
-    """Raises UserError for a training attack that a method or its recipe leaves no room for."""
+    """Raises UserError for a training attack that a method or its recipe leaves no room for, and for a method that
+    needs another recipe."""
+    if getattr(method, "guide", "") == "average" and not recipe.average:
+        raise UserError(f"method {name}: guide=average needs the weights' average: add -o average=0.99")
     if isinstance(attack, PGD):
         return
     attacker = getattr(method, "attacker", "")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advtune.attacks import PGD, Attack
 from advtune.data import Task
-from advtune.losses import cross_entropy, kl
+from advtune.losses import confidence, cross_entropy, kl
 from advtune.options import check, option
 from advtune.prompts import COUPLINGS
 from advtune.recipe import Recipe
@@ -98,9 +98,9 @@ class CAPT:
         return {"ce": cross_entropy(clean, batch.y).mean(), "ce0": cross_entropy(frozen, batch.y).mean()}
 
     def _adaptive(self, clean: Tensor, frozen: Tensor, batch: Batch) -> Tensor:
-        ce, ce0 = cross_entropy(clean, batch.y), cross_entropy(frozen, batch.y)  # [B]
         if self.weight == "confidence":
-            return torch.sigmoid(ce - ce0)  # = p0 / (p0 + p), with p = exp(-ce)
+            return confidence(clean, frozen, batch.y)
+        ce, ce0 = cross_entropy(clean, batch.y), cross_entropy(frozen, batch.y)  # [B]
         if self.weight == "loss":
             mean, mean0 = (batch.means[name] for name in ("ce", "ce0")) if batch.means else (ce.mean(), ce0.mean())
             return (mean + TINY) / (mean + mean0 + 2 * TINY)

@@ -1,0 +1,301 @@
+"""The frame of all guided methods: its equation in numpy, the methods that it holds, what averages and interpolates."""
+
+import numpy as np
+import pytest
+import torch
+
+from advtune import checkpoint, runs, train
+from advtune.attacks import PGD
+from advtune.averaging import follow, interpolate
+from advtune.errors import UserError
+from advtune.losses import relations
+from advtune.low_rank import attach, merge
+from advtune.methods import configure
+from advtune.train import tune
+from backbones import write_openai
+from test_equations import SCALE, B, C, Y, ce, check, gradients, kl, softmax
+from test_equations_baselines import Spy, Towers, numbers, run, unit
+
+LEARN = {"lr": 0.02, "warmup": 0, "warmup_epochs": 0, "batch_size": 4, "augment": False}
+
+
+class Model:
+    """Features and logits of clean and of adversarial images, from free embeddings, in numpy."""
+
+    def __init__(self, towers):
+        clean, adversarial, text = numbers(towers.clean, towers.adversarial, towers.text)
+        self.e, self.e_adv = unit(clean), unit(adversarial)
+        self.z, self.z_adv = (SCALE * e @ unit(text).T for e in (self.e, self.e_adv))
+
+
+def correlation(p, q):
+    return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(p, q, strict=True)])
+
+
+def apart(match, direction, temperature):
+    """D of two (features, logits)."""
+    if match == "features":
+        return lambda g, f: ((g[0] - f[0]) ** 2).sum(1)
+    if match == "relations":
+        return lambda g, f: 1 - correlation(g[1], f[1])
+    pair = (lambda g, f: (g, f)) if direction == "target-first" else (lambda g, f: (f, g))
+    return lambda g, f: kl(*(z / temperature for z in pair(g[1], f[1])))
+
+
+@pytest.mark.parametrize("images", ["none", "clean", "adversarial", "both"])
+@pytest.mark.parametrize("sees", ["clean", "adversarial"])
+@pytest.mark.parametrize("weight", ["constant", "confidence"])
+@pytest.mark.parametrize(
+    ("match", "direction"),
+    [("logits", "target-first"), ("logits", "adversarial-first"), ("features", "target-first"),
+     ("relations", "target-first")],
+)  # fmt: skip
+def test_the_equation(match, direction, weight, sees, images):
+    s, g = Towers(0), Towers(1)
+    how = {"lam": 0.7, "consistency": 1.3, "temperature": 1.5}
+    how |= {"match": match, "direction": direction, "weight": weight, "sees": sees, "ce": images}
+    found, live = run("guided", {"student": s, "guide": g}, options=how)
+    f, f0, d = Model(s), Model(g), apart(match, direction, 1.5)
+    p, p0 = softmax(f.z)[np.arange(B), Y], softmax(f0.z)[np.arange(B), Y]
+    w, own = (1, 1) if weight == "constant" else (p0 / (p0 + p), p / (p0 + p))
+    target = (f0.e, f0.z) if sees == "clean" else (f0.e_adv, f0.z_adv)
+    crosses = {"clean": ce(f.z), "adversarial": ce(f.z_adv), "both": (ce(f.z) + ce(f.z_adv)) / 2}
+    expected = {
+        "guide": 0.7 * (w * d(target, (f.e_adv, f.z_adv))).mean(),
+        "consistency": 1.3 * (own * d((f.e, f.z), (f.e_adv, f.z_adv))).mean(),
+    }
+    check(found, expected | ({"ce": crosses[images].mean()} if images != "none" else {}))
+    assert gradients(live["guide"], s.adversarial, s.clean, g.clean, g.adversarial) == [True, False, False, False]
+    assert gradients(live["consistency"], s.adversarial, s.clean) == [True, True]
+
+
+def test_an_online_guide_learns_from_clean_images_alone():
+    s, g = Towers(0), Towers(1)
+    found, live = run("guided", {"student": s, "guide": g}, options={"guide": "online", "consistency": 0})
+    check(found, {
+        "ce": ce(Model(s).z_adv).mean(), "guide": kl(Model(g).z, Model(s).z_adv).mean(),
+        "guide_ce": ce(Model(g).z).mean(),
+    })  # fmt: skip
+    assert gradients(live["guide"], s.adversarial, g.clean) == [True, False]
+    assert gradients(live["guide_ce"], s.adversarial, g.clean, g.adversarial) == [False, True, False]
+
+
+@pytest.mark.parametrize("match", ["logits", "features"])
+def test_what_the_adversary_raises(match):
+    s, g = Towers(0), Towers(1)
+    at = {"logits": ("z", "z_adv", 1), "features": ("e", "e_adv", 0)}[match]
+    for adversary, model in (("student", s), ("guide", g)):
+        spy = Spy()
+        run("guided", {"student": s, "guide": g}, spy, {"adversary": adversary, "match": match})
+        target, answer = getattr(Model(model), at[0]), getattr(Model(s), at[1])
+        np.testing.assert_allclose(spy.target.numpy(), target, rtol=1e-5)
+        d = kl(target, answer) if match == "logits" else ((target - answer) ** 2).sum(1)
+        np.testing.assert_allclose(spy.loss(spy.answers, spy.target).numpy(), d, rtol=1e-4)
+    spy = Spy()
+    run("guided", {"student": s, "guide": g}, spy)
+    assert spy.loss is None and spy.target.tolist() == Y.tolist()
+
+
+def test_without_a_use_no_forward(monkeypatch):
+    """As TeCoA it asks the student for adversarial images alone."""
+    s, seen = Towers(0), []
+    honest = Towers.image_features
+    monkeypatch.setattr(Towers, "image_features", lambda self, x: seen.append(bool(x.any())) or honest(self, x))
+    run("guided", {"student": s}, options={"preset": "tecoa"})
+    assert set(seen) == {True}
+
+
+@pytest.mark.parametrize(
+    ("other", "options"),
+    [("tecoa", {}), ("pmg-aft", {}), ("capt", {}), ("apd", {}), ("capt", {"detach": True})],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_presets_are_the_methods(other, options, vlm, task):
+    """The same weights after the same steps; but for what the frame does not have."""
+    how = dict(shots=4, epochs=2, show=False, attack={"steps": 2, "eps": 8 / 255, "step_size": 4 / 255})
+    recipe = {**LEARN, "optimizer": "sgd"}
+    own = {"detach_clean": True} if options else {}
+    one = tune(other, vlm, task, options={**recipe, **own}, **how).delta()
+    same = tune("guided", vlm, task, options={"preset": other, **recipe}, **how).delta()
+    assert one.keys() == same.keys()
+    close = [torch.allclose(value, same[name], rtol=1e-4, atol=1e-6) for name, value in one.items()]
+    assert not all(close) if options else all(close), close
+
+
+def test_what_learns(vlm, task):
+    def learning(**options):
+        models = configure("guided", options)[0].setup(vlm, task, 0)
+        return {
+            m: sorted({n.rpartition(".")[2] for n, p in v.named_parameters() if p.requires_grad})
+            for m, v in models.items()
+        }
+
+    assert learning() == {"student": ["a", "b"], "guide": []}
+    assert learning(trainable="text-prompts", guide="none") == {"student": ["text"]}
+    assert learning(trainable="image-prompts", guide="none") == {"student": ["image"]}
+    assert learning(trainable="prompts", guide="online") == {"student": ["image", "text"], "guide": ["image", "text"]}
+    whole = learning(trainable="image-tower", guide="none")["student"]
+    assert "a" not in whole and {"weight", "bias", "position"} <= set(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ce": "none", "lam": 0, "consistency": 0}, "nothing to learn"),
+        ({"ce": "none", "guide": "none", "consistency": 0}, "nothing to learn"),
+        ({"guide": "none", "adversary": "guide"}, "need a guide"),
+        ({"guide": "none", "weight": "confidence"}, "need a guide"),
+        ({"match": "features", "trainable": "text-prompts"}, "do not change the image features"),
+        ({"guide": "average"}, "-o average=0.99"),
+        ({"average": 1}, "average"),
+        ({"interpolate": 1.5}, "interpolate"),
+        ({"rank": 0}, "rank"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        configure("guided", options)
+
+
+def test_relations_do_not_see_scale_and_shift():
+    p, q = torch.randn(B, C), torch.randn(B, C)
+    np.testing.assert_allclose(relations(p, q).numpy(), 1 - correlation(p.numpy(), q.numpy()), rtol=1e-4)
+    torch.testing.assert_close(relations(3 * p + 1, q), relations(p, q))
+
+
+def test_low_rank_updates_begin_as_nothing_and_merge_as_they_are(vlm):
+    x = torch.rand(2, 3, 16, 16)
+    before = vlm.image_embeddings(x)
+    model = vlm.with_image_tower(rank=2, seed=1)
+    torch.testing.assert_close(model.image_embeddings(x), before)
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    blocks = model.clip.image.blocks
+    assert len(learning) == 2 * 4 * len(blocks)
+    assert {tuple(p.shape) for n, p in learning.items() if n.endswith("qkv.parametrizations.weight.0.a")} == {(2, 32)}
+    with torch.no_grad():
+        for n, p in learning.items():
+            if n.endswith(".b"):
+                p.normal_()
+    by_hand = blocks[0].fc1.parametrizations.weight
+    weight = by_hand.original + by_hand[0].b @ by_hand[0].a
+    after = model.image_embeddings(x)
+    assert not torch.allclose(after, before)
+    model.precision = "bf16"  # the product stays whole under autocast
+    with model._autocast(True):
+        assert torch.equal(blocks[0].fc1.weight, weight)
+    model.precision = "fp32"
+    merge(model.clip.image)
+    torch.testing.assert_close(model.image_embeddings(x), after)
+    assert torch.equal(blocks[0].fc1.weight, weight)
+    assert model.delta().keys() == vlm.with_image_tower().delta().keys()
+    torch.testing.assert_close(vlm.image_embeddings(x), before)  # the backbone's own weights never moved
+
+
+def test_low_rank_is_of_transformers(tmp_path):
+    from backbones import open_clip_tensors, resnet_tensors
+    from conftest import write_clip
+
+    narrow = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=1)
+    tensors = open_clip_tensors(write_clip(tmp_path / "vit", image=narrow, text=narrow))
+    write_openai(tmp_path / "rn.pt", resnet_tensors(tensors, (1, 1, 1, 1), side=32), script=False)
+    with pytest.raises(UserError, match="ResNet"):
+        runs.load(str(tmp_path / "rn.pt"), "cpu", "fp32").with_image_tower(rank=2)
+    with pytest.raises(UserError, match="at least 1"):
+        attach(torch.nn.Module(), 0, 0)
+
+
+def test_a_low_rank_run_is_like_any_other(vlm, task, tmp_path):
+    tuned = tune("guided", vlm, task, shots=2, epochs=1, options={**LEARN, "rank": 2}, out=tmp_path / "run", show=False)
+    x, tokens = torch.rand(2, 3, 16, 16), tuned.tokens(task.classes, task.template)
+    again = runs.load(str(tmp_path / "run"), "cpu", "fp32")
+    assert torch.equal(again.classifier(tokens)(x), tuned.classifier(tokens)(x))
+    assert not any("parametrizations" in name for name in tuned.delta())
+    start = vlm.with_image_tower().delta()
+    moved = {name for name, value in tuned.delta().items() if not torch.equal(value, start[name])}
+    assert {name.split(".", 4)[-1] for name in moved} == {f"{each}.weight" for each in ("qkv", "out", "fc1", "fc2")}
+
+
+def test_the_average_is_the_result(vlm, task, monkeypatch):
+    """Recomputed from the weights after every step."""
+    seen = []
+    honest = train.update
+
+    def watched(plan, models, *rest):
+        found = honest(plan, models, *rest)
+        seen.append({n: p.detach().clone() for n, p in models["student"].named_parameters() if p.requires_grad})
+        return found
+
+    monkeypatch.setattr(train, "update", watched)
+    start = vlm.with_image_tower().delta()
+    tuned = tune("tecoa", vlm, task, shots=4, epochs=3, options={**LEARN, "average": 0.3}, show=False).delta()
+    average = {name: value.double() for name, value in start.items()}
+    for step, weights in enumerate(seen):
+        d = min(0.3, (1 + step) / (10 + step))
+        average = {name: d * value + (1 - d) * weights[name].double() for name, value in average.items()}
+    assert len(seen) == 9
+    for name, value in tuned.items():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
+        assert value.dim() < 2 or not torch.allclose(value, seen[-1][name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"trainable": "low-rank"}, {"trainable": "prompts", "guide": "average"}])
+def test_an_average_is_resumed_to_the_same_bits(options, vlm, task, tmp_path, monkeypatch):
+    how = dict(shots=4, epochs=3, options={**LEARN, "average": 0.9, **options}, show=False)
+    whole = tune("guided", vlm, task, out=tmp_path / "whole", **how).delta()
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)
+    real, calls = train.update, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune("guided", vlm, task, out=tmp_path / "cut", **how)
+    resumed = tune("guided", vlm, task, out=tmp_path / "cut", resume=True, **how).delta()
+    assert len(calls) < 5 + 9
+    assert whole.keys() == resumed.keys() and all(torch.equal(value, resumed[n]) for n, value in whole.items())
+
+
+def test_a_guide_that_averages_the_student_follows_it(vlm, task):
+    how = dict(shots=4, epochs=2, show=False, attack={"steps": 1, "eps": 8 / 255})
+    options = {**LEARN, "consistency": 0, "average": 0.9}
+    one, other = (
+        tune("guided", vlm, task, options={**options, "guide": guide}, **how).delta() for guide in ("average", "frozen")
+    )
+    assert not all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_interpolation_is_a_straight_line(share, vlm, task):
+    how = dict(shots=4, epochs=2, show=False)
+    whole = tune("tecoa", vlm, task, options=LEARN, **how).delta()
+    part = tune("tecoa", vlm, task, options={**LEARN, "interpolate": share}, **how).delta()
+    for name, start in vlm.with_image_tower().delta().items():
+        torch.testing.assert_close(part[name], start + share * (whole[name] - start), rtol=1e-5, atol=1e-7)
+        assert share > 0 or torch.equal(part[name], start)
+
+
+def test_prompts_have_no_original(vlm, task, tmp_path):
+    with pytest.raises(UserError, match="prompts have no original"):
+        tune("capt", vlm, task, shots=2, epochs=1, options={"interpolate": 0.5}, out=tmp_path / "run", show=False)
+    assert list(tmp_path.glob("run*")) == []
+
+
+def test_follow_forgets_its_first_steps():
+    average, parameter = torch.zeros(1), torch.ones(1)
+    follow([(average, parameter)], 0.99, 0)
+    assert average.item() == pytest.approx(0.9)
+    follow([(average, 2 * parameter)], 0.99, 10_000)
+    assert average.item() == pytest.approx(0.99 * 0.9 + 0.01 * 2)
+
+
+def test_interpolate_in_place(vlm):
+    tuned = vlm.with_image_tower()
+    with torch.no_grad():
+        tuned.clip.image.position.add_(1)
+    interpolate(vlm, tuned, 0.75)
+    torch.testing.assert_close(tuned.clip.image.position, vlm.clip.image.position + 0.75)
+    assert isinstance(configure("guided")[2], PGD)
