@@ -13,6 +13,8 @@ Answers = Callable[[Tensor], dict[str, Tensor]]
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 TRAINABLE = ("text-prompts", "image-prompts", "prompts", "low-rank", "image-tower")
+GUIDES, IMAGES = ("none", "frozen", "online", "average"), ("none", "clean", "adversarial", "both")
+WEIGHTS = ("constant", "confidence")
 SEEN = {"logits": "logits", "features": "features", "relations": "logits"}  # what of an answer is matched
 
 

@@ -14,7 +14,7 @@ from advtune.attacks import PGD, PGD2, Attack
 from advtune.averaging import AVERAGE
 from advtune.data import Task
 from advtune.errors import UserError
-from advtune.guidance import SEEN, TRAINABLE, answers, distance, learner
+from advtune.guidance import GUIDES, IMAGES, SEEN, TRAINABLE, WEIGHTS, answers, distance, learner
 from advtune.losses import confidence, cross_entropy
 from advtune.options import check, option
 from advtune.prompts import COUPLINGS
@@ -34,21 +34,16 @@ class Guided:
 
     trainable: str = option("low-rank", "what learns of the student", choices=TRAINABLE)
     rank: int = option(8, "trainable=low-rank: rank of every update", low=1)
-    guide: str = option("frozen", "g: the backbone; prompts that learn on clean images; the weights' average; none",
-                        choices=("none", "frozen", "online", "average"))  # fmt: skip
+    guide: str = option("frozen", "g: backbone, prompts that learn online, the weights' average", choices=GUIDES)
     sees: str = option("clean", "images that the guide sees (v)", choices=("clean", "adversarial"))
     match: str = option("logits", "what D compares", choices=("logits", "features", "relations"))
-    direction: str = option("target-first", "of the KL: target-first KL(g || f), or adversarial-first KL(f || g)",
-                            choices=("target-first", "adversarial-first"))  # fmt: skip
+    direction: str = option("target-first", "KL(g || f), or KL(f || g)", choices=("target-first", "adversarial-first"))
     temperature: float = option(1.0, "of the KL", low=1e-6)
     lam: float = option(1.0, "weight of the guidance (lambda)", low=0)
     consistency: float = option(1.0, "weight of the student's own consistency", low=0)
-    weight: str = option("constant", "w of an image: none; confidence: CAPT's p_g(y|x) / (p_g(y|x) + p_f(y|x))",
-                         choices=("constant", "confidence"))  # fmt: skip
-    ce: str = option("adversarial", "images of the cross-entropy; both: the mean of the two; none",
-                     choices=("none", "clean", "adversarial", "both"))  # fmt: skip
-    adversary: str = option("ce", "what x' raises: CE, D(f(x), f(x')) or D(g(x), f(x'))",
-                            choices=("ce", "student", "guide"))  # fmt: skip
+    weight: str = option("constant", "w: 1, or CAPT's p_g(y|x) / (p_g(y|x) + p_f(y|x))", choices=WEIGHTS)
+    ce: str = option("adversarial", "images of the cross-entropy; both: the mean of the two", choices=IMAGES)
+    adversary: str = option("ce", "x' raises CE, D(f(x), f(x')) or D(g(x), f(x'))", choices=("ce", "student", "guide"))
     prompt_length: int = option(2, "prompt tokens in a tower, the online guide's too", low=1)
     depth: int = option(9, "layers with prompts; cut to each tower's depth", low=1)
     coupling: str = option("independent", "how prompts of both towers depend on each other", choices=COUPLINGS)
@@ -84,9 +79,8 @@ class Guided:
 
     def prepare(self, models: Mapping[str, VLM], batch: Batch, attack: Attack) -> dict[str, Tensor]:
         """`features` [B, D] and `logits` [B, C] of a frozen guide on the clean images."""
-        if self.guide != "frozen":
-            return {}
-        return {name: value.detach() for name, value in answers(models, batch, "guide")(batch.x).items()}
+        found = answers(models, batch, "guide")(batch.x) if self.guide == "frozen" else {}
+        return {name: value.detach() for name, value in found.items()}
 
     def loss(self, models: Mapping[str, VLM], batch: Batch, attack: PGD) -> dict[str, Tensor]:
         x, y, seen, d = batch.x, batch.y, SEEN[self.match], distance(self.match, self.direction, self.temperature)
