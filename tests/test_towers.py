@@ -24,8 +24,15 @@ PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 MARK = re.compile(r"(<!-- towers -->\n).*?(<!-- end -->)", re.DOTALL)
 TASK = SimpleNamespace(template="a photo of a {}.", classes=("red", "green", "blue"))
 SMALL = dict(num_hidden_layers=2)
-ROWS = [*((name, ()) for name in METHODS), ("advvp", ("tokens=0",))]
-REASONS = ["image prompts are tokens, and this backbone's image tower is a ResNet, which has none"]
+OTHER = {
+    ("advvp", "tokens=0"): "a frame of pixels",
+    ("guided", "trainable=image-tower"): "image tower",
+}  # what it trains
+ROWS = [*((name, ()) for name in METHODS), *((name, (option,)) for name, option in OTHER)]
+REASONS = [
+    "image prompts are tokens, and this backbone's image tower is a ResNet, which has none",
+    "low-rank updates are of a transformer's layers, and this backbone's image tower is a ResNet",
+]
 
 
 def clip(folder):
@@ -129,7 +136,7 @@ def table():
         found = [outcome(kind, name, options) for kind in KINDS]
         cells = [f"no ({number(each)})" if isinstance(each, str) else "yes" for each in found]
         shown = " ".join([f"`{name}`", *(f"`-o {option}`" for option in options)])
-        trains = "a frame of pixels" if options else METHODS[name].trains
+        trains = OTHER[name, *options] if options else METHODS[name].trains
         lines.append(f"| {shown} | {trains} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{i}. {text}." for i, text in enumerate(REASONS, start=1))])
 

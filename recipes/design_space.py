@@ -1,0 +1,122 @@
+"""The design space of guided tuning, a stage at a time, on validation images alone.
+
+Command:  ADVTUNE_DATA=../shared/data python recipes/design_space.py --stage trainable --out runs/design-space
+          then --stage guide, adversary, weights; each stage begins from what CHOSEN says of those before it.
+Hardware: two CPU cores, about an hour a stage; minutes on an accelerator. Resumable: call it again.
+Reads:    cifar10 and fashion-mnist, 16 images a class of the `fit` part of their training images; 200 of the `val` part
+          to score, clean and PGD-20 at 1/255. Test images are not touched.
+Budget:   every candidate sees the images as often as CAPT and APD do here: 5 epochs. docs/scale.md counts a step.
+Obtained: docs/log.md, every candidate, those that failed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from advtune.attacks import PGD
+from advtune.grid import work
+from advtune.protocols import Run, Slice
+from advtune.results import mean_and_spread
+
+DATA = ("cifar10", "fashion-mnist")
+ATTACK = PGD(eps=1 / 255, steps=20)
+EPOCHS = 5
+SHORT = {"batch_size": 8, "augment": False}
+PLAIN = {"guide": "none", "consistency": 0.0}  # adversarial cross-entropy alone
+Options = Mapping[str, Any]
+
+# What stages before decided, from the log; a stage's candidates are laid over it.
+CHOSEN: dict[str, Options] = {
+    "trainable": {},
+    "guide": {"trainable": "low-rank", "lr": 1e-3},
+    "adversary": {"trainable": "low-rank", "lr": 1e-3},
+    "weights": {"trainable": "low-rank", "lr": 1e-3},
+}
+RATES = {
+    "text-prompts": ("sgd", (0.02, 0.1)), "image-prompts": ("sgd", (0.02, 0.1)), "prompts": ("sgd", (0.02, 0.1)),
+    "low-rank": ("adamw", (3e-4, 1e-3, 3e-3)), "image-tower": ("adamw", (1e-5, 3e-5, 1e-4)),
+}  # fmt: skip
+
+
+def trainable() -> dict[str, Options]:
+    return {
+        f"{what} lr={rate:g}": {**PLAIN, "trainable": what, "optimizer": optimizer, "lr": rate}
+        for what, (optimizer, rates) in RATES.items()
+        for rate in rates
+    }
+
+
+def guide() -> dict[str, Options]:
+    found: dict[str, Options] = {"none": PLAIN, "none, consistency": {"guide": "none"}}
+    for (g, more), sees in product(
+        (("frozen", {}), ("online", {}), ("average", {"average": 0.9})), ("clean", "adversarial")
+    ):
+        found[f"{g} sees {sees}"] = {"guide": g, "sees": sees, **more}
+    for match in ("features", "relations"):
+        found[f"frozen, {match}"] = {"match": match}
+    found["frozen, confidence"] = {"weight": "confidence", "lam": 2.0, "consistency": 2.0}
+    found["frozen, adversarial-first"] = {"direction": "adversarial-first"}
+    found["frozen, temperature 2"] = {"temperature": 2.0}
+    found["frozen, ce both"] = {"ce": "both"}
+    found["frozen, ce clean"] = {"ce": "clean", "consistency": 3.0}
+    return found
+
+
+def adversary() -> dict[str, Options]:
+    found: dict[str, Options] = {who: {"adversary": who} for who in ("ce", "student", "guide")}
+    found["single-step"] = {"attack": {"name": "n-fgsm"}}
+    found["eps 1.5/255"] = {"attack": {"eps": 1.5 / 255}}
+    found["eps 2/255"] = {"attack": {"eps": 2 / 255}}
+    return found
+
+
+def weights() -> dict[str, Options]:
+    found: dict[str, Options] = {f"average {decay:g}": {"average": decay} for decay in (0.0, 0.9, 0.99)}
+    found |= {f"interpolate {share:g}": {"interpolate": share} for share in (0.6, 0.8)}
+    return found | {f"rank {rank}": {"rank": rank} for rank in (2, 32)}
+
+
+STAGES = {"trainable": trainable, "guide": guide, "adversary": adversary, "weights": weights}
+
+
+def run(stage: str, label: str, options: Options, data: str, seed: int) -> Run:
+    own = {**SHORT, **CHOSEN[stage], **options}
+    attack = {"eps": 1 / 255, **own.pop("attack", {})}
+    return Run(
+        "guided", data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=16, seed=seed,
+        epochs=EPOCHS, options=own, train_attack=attack, label=f"{stage} {label}",
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=list(STAGES), default="trainable")
+    parser.add_argument("--only", nargs="+", help="only these candidates")
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/design-space"))
+    args = parser.parse_args()
+    candidates = {n: o for n, o in STAGES[args.stage]().items() if not args.only or n in args.only}
+    failed = 0
+    for label, options in candidates.items():
+        wanted = [run(args.stage, label, options, data, seed) for data in args.data for seed in range(args.seeds)]
+        outcome = work(wanted, args.out)
+        failed += len(outcome.failed)
+        for data in args.data:
+            of = [row for row in outcome.rows if row.data["name"] == data and row.robust]
+            if of:
+                clean, robust = (
+                    mean_and_spread([100 * counts["accuracy"] for counts in side])[0]
+                    for side in ([row.clean for row in of], [row.robust for row in of if row.robust])
+                )
+                print(f"| {label} | {data} | {clean:.1f} / {robust:.1f} |", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
