@@ -87,6 +87,15 @@ def test_row_round_trip() -> None:
     assert row.schema == results.SCHEMA and row.time.endswith("+00:00")
 
 
+def test_a_recipe_of_an_older_row_says_what_it_did() -> None:
+    """Else a study would tune again what it has, and a table would keep seeds of one setting apart."""
+    old = make(recipe={"lr": 0.1})
+    row = Row.from_json(old.to_json())
+    assert row.recipe == {"lr": 0.1, "warmup_share": 0.0, "average": 0.0, "interpolate": 1.0}
+    assert Row.from_json(make(recipe={"lr": 0.1, "average": 0.9}).to_json()).recipe["average"] == 0.9
+    assert Row.from_json(make().to_json()).recipe == {}  # zero-shot has none
+
+
 @pytest.mark.parametrize(
     "changes",
     [
