@@ -118,6 +118,7 @@ def test_a_key_changes_with_all_that_decides_the_model():
         "limit": 7, "options": {"lam": 7.0}, "train_attack": {"eps": "8/255"}, "backbone": "other",
     }  # fmt: skip
     keys = [run.key, *(replace(run, **{name: value}).key for name, value in changes.items())]
+    assert keys[0] == "cifar10/capt/4shots-seed0-55c52d7a7f"  # folders that are there are found again
     assert len({key.rpartition("-")[2] for key in keys}) == len(changes) + 1  # the hashes, not the words
     assert run.key.startswith("cifar10/capt/4shots-seed0-")
     same = replace(run, tests=(Slice("caltech101"),), attacks=(PGD(eps=4 / 255),), options={"prompt_length": "4"})

@@ -17,6 +17,7 @@ from advtune.errors import UserError, near
 from advtune.methods import METHODS, configure
 from advtune.options import as_options, fill
 from advtune.recipe import Recipe
+from advtune.results import LAST
 
 if TYPE_CHECKING:
     from advtune.study import Study
@@ -86,8 +87,10 @@ class Run:
             return facts | {"subset": self.subset}  # where it stands; nothing is tuned
         method, recipe, attack = self.configured()
         facts |= {"subset": self.subset, "part": self.part, "shots": self.shots, "seed": self.seed}
-        facts |= {"limit": self.limit, "options": as_options(method), "recipe": as_options(recipe)}
-        named = {} if attack.name in ("pgd", "cw-pgd") else {"name": attack.name}  # older folders' keys have none
+        # Older folders' keys have no name of PGD, and of the weights nothing where nothing is done with them.
+        plain = {key: value for key, value in as_options(recipe).items() if LAST.get(key) != value}
+        facts |= {"limit": self.limit, "options": as_options(method), "recipe": plain}
+        named = {} if attack.name in ("pgd", "cw-pgd") else {"name": attack.name}
         return facts | {"attack": named | as_options(attack)}
 
     def configured(self) -> tuple[Any, Recipe, Attack]:

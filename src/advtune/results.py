@@ -22,7 +22,8 @@ from advtune.kinds import check_kinds
 from advtune.untrusted import parse_json
 
 SCHEMA = 1
-LATER = {"warmup_share": 0.0, "average": 0.0, "interpolate": 1.0}  # of a recipe that does not say
+LAST = {"average": 0.0, "interpolate": 1.0}  # of a recipe whose result is the last weights, and all the way
+LATER = {"warmup_share": 0.0, **LAST}  # of a recipe that does not say
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
 
 
