@@ -227,6 +227,8 @@ def test_is_run(command, world, capsys):
         tuned = words(earlier)
         if earlier.line < command.line and tuned[0] == "train" and not Path(tuned[tuned.index("--out") + 1]).exists():
             shutil.copytree("runs/tecoa", tuned[tuned.index("--out") + 1])
+        if earlier.line < command.line and tuned[0] == "interpolate" and given[1].startswith(str(out_of(tuned))):
+            assert exit_status(tuned) == 0
         if earlier.line < command.line and tuned[0] == "study" and given[1] == f"{out_of(tuned)}/study.toml":
             asked = from_flags(vars(arguments.build().parse_args(tuned)))
             write_atomic(given[1], write(asked))

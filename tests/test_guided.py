@@ -1,5 +1,7 @@
 """The frame of all guided methods: its equation in numpy, the methods that it holds, what averages and interpolates."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from advtune import checkpoint, runs, train
 from advtune.attacks import PGD
 from advtune.averaging import follow, interpolate
+from advtune.cli import main
 from advtune.errors import UserError
 from advtune.losses import relations
 from advtune.low_rank import attach, merge
@@ -299,3 +302,62 @@ def test_interpolate_in_place(vlm):
     interpolate(vlm, tuned, 0.75)
     torch.testing.assert_close(tuned.clip.image.position, vlm.clip.image.position + 0.75)
     assert isinstance(configure("guided")[2], PGD)
+
+
+@pytest.fixture
+def tuned(clip_folder, task, tmp_path):
+    vlm = runs.load(str(clip_folder), "cpu", "fp32")
+    tune("tecoa", vlm, task, shots=4, epochs=2, options=LEARN, out=tmp_path / "tecoa", show=False)
+    return tmp_path / "tecoa"
+
+
+def test_runs_between(tuned, vlm, task, tmp_path, capsys):
+    """As if they had been tuned so; measured, and told apart, like any other."""
+    assert main(["interpolate", str(tuned), "--share", "0.5", "1/4", "--out", str(tmp_path / "b"), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["runs"] == [str(tmp_path / "b" / "0.25"), str(tmp_path / "b" / "0.5")]
+    assert made["lines"][-1].startswith(f"next: advtune evaluate {tmp_path / 'b' / '0.5'}")
+    at_once = tune("tecoa", vlm, task, shots=4, epochs=2, options={**LEARN, "interpolate": 0.5}, show=False)
+    half = runs.load(made["runs"][1], "cpu", "fp32")
+    assert all(torch.equal(value, half.delta()[name]) for name, value in at_once.delta().items())
+    assert half.run["recipe"]["interpolate"] == 0.5 and half.origin.sha256 == at_once.origin.sha256
+    assert main(["interpolate", made["runs"][1], "--share", "0.5", "--out", str(tmp_path / "quarter")]) == 0
+    quarter = runs.load(str(tmp_path / "quarter"), "cpu", "fp32")
+    assert quarter.run["recipe"]["interpolate"] == 0.25
+    for name, value in runs.load(made["runs"][0], "cpu", "fp32").delta().items():
+        torch.testing.assert_close(quarter.delta()[name], value, rtol=1e-5, atol=1e-7)
+    data = task.spec
+    for name in (str(tuned), *made["runs"]):
+        assert main(["evaluate", name, "--data", data, "--precision", "fp32"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tuned), str(tmp_path / "b"), "--format", "csv"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 4  # a line each: they are no seeds of one setting
+
+
+def test_a_run_between_is_replaced_when_asked(tuned, tmp_path, capsys):
+    ask = ["interpolate", str(tuned), "--share", "0.5", "--out", str(tmp_path / "half")]
+    assert main(ask) == 0
+    before = (tmp_path / "half" / "delta.safetensors").read_bytes()
+    assert main(ask) == 2 and "--overwrite" in capsys.readouterr().err
+    ask[3] = "0.75"
+    assert main([*ask, "--overwrite"]) == 0
+    assert (tmp_path / "half" / "delta.safetensors").read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["half", "tecoa"]
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-1", "2", "half", "nan", ""])
+def test_shares_that_are_none(share, tuned, tmp_path, capsys):
+    assert main(["interpolate", str(tuned), "--share", share, "--out", str(tmp_path / "b")]) == 2
+    assert "--share" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert not list(tmp_path.glob("b*"))
+
+
+def test_what_cannot_be_interpolated(tuned, vlm, task, tmp_path, capsys):
+    capt = tmp_path / "capt"
+    tune("capt", runs.load(str(tuned), "cpu", "fp32"), task, shots=2, epochs=1, options=LEARN, out=capt, show=False)
+    for name, out, said in (
+        (capt, "b", "no original"), (tmp_path / "no", "b", "not a finished run"), (tuned, "tecoa", "is the run"),
+    ):  # fmt: skip
+        assert main(["interpolate", str(name), "--share", "0.5", "--out", str(tmp_path / out), "--overwrite"]) == 2
+        assert said in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert runs.is_run(tuned) and not list(tmp_path.glob("b*"))

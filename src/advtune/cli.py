@@ -11,10 +11,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from advtune import distributed
 from advtune.arguments import build
+from advtune.asked import attacks, opened
 from advtune.ending import ended, warned
 from advtune.errors import UserError, near, suggest
 from advtune.examples import start
@@ -41,7 +41,7 @@ def train(args: argparse.Namespace) -> None:
     if distributed.leader():
         checkpoint.claim(Path(args.out), args.resume, args.overwrite)
     training.configure(args.method, args.options, args.attack_options)
-    backbone, task, how = _opened(args, args.backbone or "mini")
+    backbone, task, how = opened(args, args.backbone or "mini")
     training.tune(
         args.method, backbone, task, shots=args.shots, seed=args.seed, epochs=args.epochs,
         options=args.options, attack=args.attack_options, out=args.out,
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from advtune.methods import METHODS
     from advtune.terminal import evaluated
 
-    attacks = _attacks(args)
+    wanted = attacks(args)
     if args.defence is not None and args.defence not in DEFENCES:
         raise UserError(f"unknown defence {args.defence!r}; {near(args.defence, DEFENCES)}")
     name = args.model
@@ -85,9 +85,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"{out} is a file; give --out a folder")
     if out is not None:
         check_writable(out / runs.RESULTS)
-    model, task, how = _opened(args, name)
+    model, task, how = opened(args, name)
     rows = evaluate_all(
-        model, task, attacks, batch_size=args.batch_size, seed=args.seed, checks=args.checks or None,
+        model, task, wanted, batch_size=args.batch_size, seed=args.seed, checks=args.checks or None,
         source=args.source, defence=DEFENCES.get(args.defence), out=out, resume=True, **how,
     )  # fmt: skip
     if not distributed.leader():
@@ -98,58 +98,11 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluated(rows)
 
 
-def _attacks(args: argparse.Namespace) -> list[Any]:
-    """The attack asked for; of several eps, one for each, ascending."""
-    from advtune.attacks import ATTACKS, check_measures
-    from advtune.edits import TEXTUAL
-    from advtune.options import fill
-
-    if args.attack in (None, "none"):
-        for flag, given in (("-a", args.attack_options), ("--source", args.source), ("--checks", args.checks)):
-            if given:
-                raise UserError(f"{flag} goes with an attack; name it with --attack pgd")
-        return [None]
-    if args.attack == "transfer":
-        raise UserError("transfer: name the attack, and with --source DIR the model to make the images on")
-    check_measures(args.attack)
-    known = ATTACKS | TEXTUAL
-    if args.attack not in known:
-        raise UserError(f"unknown attack {args.attack!r}; {near(args.attack, known)}")
-    rest = [option for option in args.attack_options if not option.replace(" ", "").startswith("eps=")]
-    given = [option.partition("=")[2].split(",") for option in args.attack_options if option not in rest]
-    if len(given) != 1 or len(given[0]) == 1:
-        return [fill(known[args.attack], args.attack_options, f"attack {args.attack}")]
-    attacks = [fill(known[args.attack], [*rest, f"eps={eps}"], f"attack {args.attack}") for eps in given[0]]
-    if len({attack.eps for attack in attacks}) < len(attacks):
-        raise UserError(f"attack {args.attack}: eps={','.join(given[0])} names a radius twice")
-    return sorted(attacks, key=lambda attack: attack.eps)
-
-
-def _opened(args: argparse.Namespace, name: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, the task and the keyword arguments that tune and evaluate share."""
-    from advtune import runs
-    from advtune.data.templates import read_templates
-    from advtune.evaluation import task_for
-
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: at least 1 image is needed")
-    resolution = args.resolution
-    if resolution not in (None, "native"):
-        if not resolution.isdecimal() or int(resolution) < 1:
-            raise UserError(f"--resolution {resolution!r} is neither a number of pixels nor native")
-        resolution = int(resolution)
-    name += "" if args.image_size is None else f"@{args.image_size}"
-    with distributed.in_turn():
-        model = runs.load(name, args.device, args.precision, args.compile)
-        task = task_for(model, args.data, args.classes, read_templates(args.template), args.subset)
-    return model, task, dict(part=args.part, limit=args.limit, resolution=resolution, on_bad=args.on_bad_image)
-
-
 def audit(args: argparse.Namespace) -> None:
     from advtune.audit import check_flags, run
 
     check_flags(args)
-    run(args, *_opened(args, args.backbone or "mini"))
+    run(args, *opened(args, args.backbone or "mini"))
 
 
 def study(args: argparse.Namespace) -> int:
@@ -233,6 +186,13 @@ def compare(args: argparse.Namespace) -> None:
         page(render(found))
 
 
+def interpolate(args: argparse.Namespace) -> None:
+    from advtune.between import between
+
+    made = between(args.tuned, args.share, args.out, overwrite=args.overwrite)
+    print(json.dumps(made, indent=1) if args.json else "\n".join(made["lines"]))
+
+
 def predict(args: argparse.Namespace) -> int:
     from advtune.data.templates import read_templates
     from advtune.predict import Classifier, find, run
@@ -301,8 +261,8 @@ def completion(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": train, "evaluate": evaluate, "audit": audit, "study": study, "report": report, "compare": compare,
-    "predict": predict, "export": export, "serve": serve, "list": list_, "backbone": backbone, "demo": demo,
-    "completion": completion,
+    "interpolate": interpolate, "predict": predict, "export": export, "serve": serve, "list": list_,
+    "backbone": backbone, "demo": demo, "completion": completion,
 }  # fmt: skip
 
 

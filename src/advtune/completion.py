@@ -7,7 +7,7 @@ from typing import Any
 from advtune.arguments import build
 from advtune.errors import UserError
 
-PLACES = ("out", "tensorboard", "source", "dirs", "first", "second", "images", "csv", "figures", "classes")
+PLACES = ("out", "tensorboard", "source", "dirs", "first", "second", "tuned", "images", "csv", "figures", "classes")
 EITHER = ("model", "backbone", "study")  # a name, or a file or folder
 
 

@@ -94,6 +94,7 @@ EXAMPLES = {  # the one that is named when something is missing; shown below --h
     "study": "advtune study few-shot --methods zero-shot tecoa --data fashion-mnist-mini --out runs/few --dry-run",
     "report": "advtune report runs/capt",
     "compare": "advtune compare runs/capt runs/tecoa",
+    "interpolate": "advtune interpolate runs/tecoa --share 0.25 0.5 0.75 --out runs/between",
     "predict": "advtune predict runs/capt photos/",
     "export": "advtune export runs/capt --to prompts --out exported/capt",
     "list": "advtune list methods",

@@ -1,0 +1,75 @@
+"""New runs between the original image tower and a tuned one (WiSE-FT, arXiv:2109.01903)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from advtune import runs
+from advtune.averaging import interpolate
+from advtune.checkpoint import claim, finish
+from advtune.disk import alone
+from advtune.errors import UserError
+from advtune.options import parse_float
+from advtune.results import LATER, write_atomic
+
+
+def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write a run whose image tower is original + share * (tuned - original), 0 < share < 1, for each share: to `out`,
+    or of several to out/SHARE. What the runs are called, and lines for people.
+
+    Raises UserError for a folder that is no run or of no tuned image tower, for shares that are none, and for folders
+    that are there.
+    """
+    found = sorted({check_share(share) for share in shares})
+    folder = Path(run)
+    if not runs.is_run(folder):
+        raise UserError(f"{run}: not a finished run folder (config.json and delta.safetensors)")
+    places = {share: Path(out) / f"{share:g}" if len(found) > 1 else Path(out) for share in found}
+    for place in places.values():
+        if place.exists() and not overwrite:
+            raise UserError(f"{place} exists; replace it with --overwrite, or choose another --out")
+    partials = {share: claim(place, resume=False, overwrite=True) for share, place in places.items()}
+    config, tuned = runs.read_config(folder), runs.load(run, "cpu", "fp32")
+    if any(str(place.resolve()) in tuned.folders for place in places.values()):
+        raise UserError(f"--out {out}: is the run, or what it stands on; choose another")
+    if not all(name.startswith("clip.image.") for name in tuned.delta()):
+        raise UserError(f"{run}: {config['method']} learned prompts, which have no original to go back to")
+    base = runs.load(runs.backbone_of(folder, config), "cpu", "fp32")
+    for share, place in places.items():
+        tuned = runs.load(run, "cpu", "fp32")
+        interpolate(base, tuned, share)
+        partials[share].mkdir(parents=True, exist_ok=True)
+        with alone(partials[share]):
+            write(folder, tuned, base, share, partials[share], place)
+            finish(partials[share], place)
+    lines = [f"{place}: {100 * share:g} % of the way from the original to {run}" for share, place in places.items()]
+    data = config["train"]["spec"]
+    last = shlex.join(["advtune", "evaluate", str(places[found[-1]]), "--data", data, "--attack", "pgd"])
+    return {"runs": [str(place) for place in places.values()], "lines": [*lines, f"next: {last} -a eps=1/255"]}
+
+
+def check_share(text: str | float) -> float:
+    """A share as a number. Raises UserError for what is not between 0 and 1."""
+    try:
+        share = parse_float(str(text))
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise UserError(f"--share {str(text)[:40]}: a number between 0 (the original) and 1 (the run as it is), as 0.5")
+    return share
+
+
+def write(folder: Path, tuned: Any, base: Any, share: float, partial: Path, out: Path) -> None:
+    """The new run's files: the old run's, but for the weights and what config.json says of them."""
+    old = runs.read_config(folder)
+    recipe = LATER | old["recipe"]
+    config = old | {"recipe": recipe | {"interpolate": recipe["interpolate"] * share}}
+    config["backbone"] = old["backbone"] | {"path": runs.path_from(out, runs.backbone_of(folder, old))}
+    hashes = runs.read_json(folder / runs.IMAGES)
+    write_atomic(partial / runs.LOG, (folder / runs.LOG).read_bytes())
+    write_atomic(partial / runs.CONFIG, json.dumps(config, indent=1) + "\n")
+    runs.write_run(partial, runs.settle(tuned, base, config, hashes, out), config, hashes)
