@@ -27,7 +27,7 @@ def test_a_method_has_its_page(pages, name):
 
     page, kind = pages.method_page(name), METHODS[name]
     number = kind.paper.removeprefix("arXiv:")
-    assert f"[arXiv:{number}](https://arxiv.org/abs/{number})" in page
+    assert f"[arXiv:{number}](https://arxiv.org/abs/{number})" in page or name == "guided"  # our own, no paper's
     for line in (kind.__doc__ or "").splitlines():
         if line.strip().startswith("L = "):
             assert f"```text\n{line.strip()}" in page

@@ -223,6 +223,7 @@ def test_every_verb_prints_json_and_nothing_else(
     clip_folder, image_folder, tmp_path, capsys, monkeypatch, short_square
 ):
     data, run, zero = f"folder:{image_folder}", str(tmp_path / "run"), str(tmp_path / "zero")
+    tower = str(tmp_path / "tower")
     base = ["--backbone", str(clip_folder), "--data", data]
     monkeypatch.setattr(demo, "BACKBONE", str(clip_folder))
     monkeypatch.setattr(demo, "DATA", data)
@@ -238,6 +239,8 @@ def test_every_verb_prints_json_and_nothing_else(
         ["compare", zero, run],
         ["predict", run, str(next(image_folder.rglob("*.png")))],
         ["export", run, "--to", "prompts", "--out", str(tmp_path / "prompts")],
+        ["train", "tecoa", *base, "--shots", "1", "--epochs", "1", "--out", tower],
+        ["interpolate", tower, "--share", "0.5", "--out", str(tmp_path / "half")],
         *(["list", what] for what in ("methods", "attacks", "data", "backbones")),
         ["backbone", "inspect", str(clip_folder)],
         ["audit", *base, "--limit", "1", "--out", str(tmp_path / "audit")],
@@ -294,6 +297,7 @@ MISSING = {
     "study": "missing: PROTOCOL|FILE; for example: advtune study few-shot",
     "report": "report: name run folders",
     "compare": "missing: DIR, DIR; for example: advtune compare",
+    "interpolate": "missing: DIR, --share, --out; for example: advtune interpolate runs/tecoa",
     "predict": "missing: DIR|B, IMAGE; for example: advtune predict",
     "export": "missing: DIR|B, --to, --out; for example: advtune export",
     "list": "missing: one of methods, attacks, data, backbones; for example: advtune list methods",

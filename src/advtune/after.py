@@ -10,6 +10,7 @@ from advtune.flags import BACKBONE_HELP, DATA_HELP, machine
 
 
 def report(verbs: Any) -> None:
+    """`advtune report`."""
     p = verbs.add_parser(
         "report",
         help="tables, figures or a page from result rows",
@@ -28,6 +29,7 @@ def report(verbs: Any) -> None:
 
 
 def compare(verbs: Any) -> None:
+    """`advtune compare`."""
     p = verbs.add_parser(
         "compare",
         help="two methods on the same images: is the difference real?",
@@ -40,6 +42,7 @@ def compare(verbs: Any) -> None:
 
 
 def interpolate(verbs: Any) -> None:
+    """`advtune interpolate`."""
     p = verbs.add_parser(
         "interpolate",
         help="between the original image tower and a tuned one: the trade-off",
@@ -55,6 +58,7 @@ def interpolate(verbs: Any) -> None:
 
 
 def predict(verbs: Any) -> None:
+    """`advtune predict`."""
     p = verbs.add_parser(
         "predict",
         help="what is on these images: labels and probabilities",
@@ -72,6 +76,7 @@ def predict(verbs: Any) -> None:
 
 
 def export(verbs: Any) -> None:
+    """`advtune export`."""
     p = verbs.add_parser(
         "export",
         help="a folder for transformers, ONNX or the hub, with a model card",
@@ -96,6 +101,7 @@ def _model(p: argparse.ArgumentParser) -> None:
 
 
 def serve(verbs: Any) -> None:
+    """`advtune serve`."""
     p = verbs.add_parser(
         "serve",
         help="a local web page: attack a picture, see what the models say",
@@ -114,6 +120,7 @@ def serve(verbs: Any) -> None:
 
 
 def known(verbs: Any) -> None:
+    """`advtune list` and `advtune backbone`."""
     p = verbs.add_parser("list", help="what there is: methods, attacks, data, backbones", description="What there is.")
     p.add_argument("what", choices=("methods", "attacks", "data", "backbones"), help="what to show")
     p.add_argument("--json", action="store_true", help="print all that is known of them as JSON")
@@ -127,6 +134,7 @@ def known(verbs: Any) -> None:
 
 
 def demo(verbs: Any) -> None:
+    """`advtune demo`."""
     p = verbs.add_parser(
         "demo",
         help="four methods on the embedded default, in minutes",
@@ -139,6 +147,7 @@ def demo(verbs: Any) -> None:
 
 
 def completion(verbs: Any) -> None:
+    """`advtune completion`."""
     p = verbs.add_parser(
         "completion",
         help="the script that completes commands in your shell",

@@ -29,6 +29,7 @@ def machine(p: argparse.ArgumentParser, compile: bool = True) -> None:
 
 
 def shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int | None = None) -> None:
+    """What train, evaluate and audit take: a backbone, the data, which part of it, an attack, the machine."""
     p.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     p.add_argument("--backbone", default=None, metavar="B", help=BACKBONE_HELP + " (default: mini)")
     p.add_argument("--image-size", type=int, metavar="N", help="side of the backbone's images: positions interpolated")
