@@ -32,6 +32,7 @@ CLEAN: dict[str, Callable[[str], str]] = {
     "case": str.lower,  # SigLIP 2
     "lower": lambda text: folded(text.lower()),
     "whitespace": lambda text: folded(text),
+    "whitespace_underscore": lambda text: folded(text.replace("_", " ")),
 }
 
 
@@ -87,12 +88,6 @@ class Tokenizer:
         pad = self.end if self.pad is None else self.pad
         rows = [[*start, *ids, *end] for ids in pieces]
         return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-
-
-def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
-    """The tokenizer in a folder, for texts as the model wants them. Raises UserError as `load_encoder`, and when it has
-    ids that the model has not."""
-    return of_model(load_encoder(folder), config, folder)
 
 
 def of_model(encoder: Encoder, config: ClipConfig, folder: Path) -> Tokenizer:
