@@ -374,7 +374,7 @@ def without(tensors, name):
 
 
 BAD = {
-    "one missing": (lambda m: without(visual(m), "ln_post.bias"), "1 tensors are missing, first visual.ln_post.bias"),
+    "one missing": (lambda m: without(visual(m), "ln_post.bias"), "1 tensor is missing, first visual.ln_post.bias"),
     "no projection": (
         lambda m: {k: v for k, v in m.state_dict().items() if k.startswith("vision_model.")},
         "missing, first visual_projection.weight",

@@ -112,7 +112,8 @@ def download(repo: str, kinds: tuple[tuple[str, ...], ...] = KINDS) -> Path:
             if list(folder.glob(pattern)):
                 break
     except Exception as error:  # the hub client raises many kinds; all mean that it cannot be had
-        hint = "" if repo in HUB_BACKBONES else suggest(repo, HUB_BACKBONES)
+        known = {repo, HUB + repo} & {*HUB_BACKBONES}
+        hint = "" if known else suggest(repo, HUB_BACKBONES)
         raise UserError(
             f"backbone {repo!r} cannot be downloaded ({reason(error)}); "
             f"{hint or 'give a local folder in the same format'}"
@@ -136,8 +137,9 @@ def download_tokenizer(repo: str, place: Path) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    """The first sentence of what a library says, in one line."""
+    said = str(error).strip().partition("\n")[0].partition(". ")[0].removesuffix(".")
+    return said[:160] or type(error).__name__
 
 
 def fingerprint(files: list[Path]) -> str:

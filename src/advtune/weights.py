@@ -27,7 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [whole]
         if index.is_file():
             return [folder / name for name in _shards(folder, index, ending)]
-    raise UserError(f"{folder}: no weights (model.safetensors, or pytorch_model.bin, whole or sharded)")
+    raise UserError(
+        f"{folder}: no weights (model.safetensors, or pytorch_model.bin, whole or in shards with their index)"
+    )
 
 
 def _shards(folder: Path, index: Path, ending: str) -> list[str]:
