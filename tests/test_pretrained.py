@@ -162,11 +162,19 @@ def test_texts_begin_as_the_tokenizer_says_and_end_where_they_are_read(folder):
 @pytest.mark.parametrize("side", ["", "-1", "abc", "336px", "24x24", "16.5", "123456", "8@16"])
 def test_what_is_no_side_is_said_to_be_none(side, folder, tmp_path):
     with pytest.raises(
-        UserError, match=f"'.*@{side}'.* is not there, and no side stands behind its @; one whole number"
+        UserError, match=f"@{side}': nothing of that name is there, .* one side is meant: a whole number"
     ):
         read_pretrained(f"{folder}@{side}")
     with pytest.raises(UserError, match="no such folder"):
         read_pretrained(f"{tmp_path}/a@b/clip")
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B-32"])
+def test_an_architecture_is_no_model_but_says_which_is_meant(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"did you mean openai/clip-vit-base-patch32\?"):
+        read_pretrained(name)
 
 
 def test_a_tower_without_a_base_and_a_base_without_a_tower(folder, tmp_path):

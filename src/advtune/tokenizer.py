@@ -107,7 +107,7 @@ def load_encoder(folder: Path) -> Encoder:
     file, packed = folder / "tokenizer.json", folder / OPENAI
     pair = folder / "vocab.json", folder / "merges.txt"
     if not any(each.is_file() for each in (file, packed)) and not all(each.is_file() for each in pair):
-        raise UserError(f"{folder}: no tokenizer (tokenizer.json, vocab.json and merges.txt, or {OPENAI})")
+        raise UserError(f"{folder}: no tokenizer; put tokenizer.json, or vocab.json and merges.txt, or {OPENAI} there")
     ways = {file: _from_file, pair[0]: lambda _: _from_pair(*pair), packed: _from_openai}
     what = file if file.is_file() else pair[0] if pair[0].is_file() else packed
     try:

@@ -105,7 +105,7 @@ def configuration(raw: Mapping[str, Any], encoder: Encoder, tokens: Mapping[str,
         start_token=None,
         end_token=None,
         preprocess=preprocessing(raw.get("preprocess_cfg") or {}, size),
-        vision=shape,
+        vision=replace(shape, smooth=True),
         sigmoid=bias,
     )
     return tokenized(config, text, encoder, tokens)

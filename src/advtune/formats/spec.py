@@ -42,8 +42,8 @@ def parse(text: str) -> Spec:
     for part in (base, tower):
         if "@" in part and "/" not in part.rpartition("@")[2] and not is_there(expanded(part)):
             raise UserError(
-                f"backbone {text[:200]!r}: {part[:160]!r} is not there, and no side stands behind its @; one whole "
-                f"number of pixels from 1 to {SIDE} is meant, as in BASE@336"
+                f"backbone {text[:200]!r}: nothing of that name is there, and behind an @ one side is meant: a whole "
+                f"number of pixels from 1 to {SIDE}, as in BASE@336"
             )
     if plus and not (base and tower):
         raise UserError(
