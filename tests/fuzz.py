@@ -45,7 +45,8 @@ from advtune.runs import read_config as read_run
 from advtune.serve.play import check_template, make_attack, read_classes
 from advtune.study import from_facts, from_flags, plan
 from advtune.study import read as read_study
-from advtune.tokenizer import load_tokenizer
+from advtune.tokenizer import load_encoder
+from advtune.tokenizer import of_model as tokenizer_of
 from advtune.untrusted import cell, expanded, is_there, visible
 from advtune.weights import read_tensors, weight_files
 from advtune.withstand import Journal
@@ -486,7 +487,7 @@ def parsers(place: Path) -> list[Parser]:
         Parser("preprocessing", lambda v: from_config(v) if isinstance(v, dict) else None, [PREPROCESSOR], 4_000),
         Parser(
             "tokenizer.json",
-            of_model("tokenizer.json", lambda: load_tokenizer(model, read_config(model))),
+            of_model("tokenizer.json", lambda: tokenizer_of(load_encoder(model), read_config(model), model)),
             [tokenizer(), json.loads(tokenizer())],
             2_500,
         ),

@@ -81,6 +81,10 @@ def test_every_entry_says_the_same_things():
     robust = {fact["name"]: fact["robust"] for fact in facts if fact["robust"]}
     assert {(name.split("/")[1], each["norm"], each["eps"]) for name, each in robust.items()} == {
         (f"{method}{n}-clip", "linf", f"{n}/255") for method in ("fare", "tecoa") for n in (2, 4)
+    } | {
+        (f"{method}4-ViT-{base}", "linf", "4/255")
+        for method in ("FARE", "TeCoA")
+        for base in ("B-32-laion2B-s34B-b79K", "B-16-laion2B-s34B-b88K")
     }
     assert all(set(each) == {"method", "norm", "eps", "paper"} for each in robust.values())
     unknown = [fact for fact in facts if fact["licence"] is None]

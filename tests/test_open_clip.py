@@ -2,6 +2,7 @@
 put together as open_clip puts them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from advtune import load
 from advtune.errors import UserError
 from advtune.formats import timm
+from advtune.preprocess import Preprocess
 from advtune.pretrained import read_pretrained
 from backbones import open_clip_siglip_tensors, unigram, write_open_clip, write_siglip
 from conftest import write_clip
@@ -156,6 +158,72 @@ def test_a_text_tower_that_sees_all_and_reads_the_last_place(tmp_path):
     check(vlm, tokens, x, model.logit_scale.exp() * image @ text.T)
 
 
+def test_zeros_fill_a_row_of_clip_s_own_tokenizer_whatever_pad_id_says(tmp_path):
+    def edit(config, tensors):
+        config["text_cfg"] |= {"no_causal_mask": True, "pool_type": "last", "pad_id": 1}
+
+    write_open_clip(tmp_path, edit=edit)
+    assert read_pretrained(str(tmp_path)).tokenizer(TEXTS)[:, -20:].eq(0).all()
+
+
+def test_what_happens_to_a_text_before_clip_s_own_tokenizer(tmp_path):
+    def edit(config, tensors):
+        config["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
+
+    for clean, same in (("lower", False), ("canonicalize", True)):
+        write_open_clip(tmp_path / clean, edit=edit)
+        dotted, plain = read_pretrained(str(tmp_path / clean)).tokenizer(["a Red_dog.", "a red dog"])
+        assert torch.equal(dotted, plain) == same
+    clean = "whitespace"  # which keeps capitals, that the tokenizer here lowers
+    write_open_clip(tmp_path / clean, edit=edit)
+    with pytest.raises(UserError, match="clean is 'whitespace', which is not one of canonicalize, lower"):
+        read_pretrained(str(tmp_path / clean))
+
+
+@pytest.mark.parametrize("facts", [{}, {"preprocess_cfg": None}, {"preprocess_cfg": {"mean": None}}], ids=str)
+def test_pixels_that_nothing_is_said_of_are_openai_s(facts, tmp_path):
+    write_open_clip(tmp_path)
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(json.dumps({"model_cfg": json.loads(file.read_text())["model_cfg"]} | facts))
+    assert read_pretrained(str(tmp_path)).clip.config.preprocess == Preprocess(16, 16)
+
+
+def test_a_checkpoint_of_its_training_is_read_by_the_configuration_beside_it(tmp_path):
+    """Not as OpenAI's, whose activation is another; without its configuration a file called as on the hub is none."""
+    from safetensors.torch import load_file
+
+    write_open_clip(tmp_path / "hub")
+    shutil.copytree(tmp_path / "hub", tmp_path / "own")
+    weights = load_file(tmp_path / "own" / "open_clip_model.safetensors")
+    (tmp_path / "own" / "open_clip_model.safetensors").unlink()
+    named = {f"module.{name}": value for name, value in weights.items()}
+    torch.save({"epoch": 3, "name": "x", "state_dict": named, "optimizer": {}}, tmp_path / "own" / "epoch_3.pt")
+    read = read_pretrained(str(tmp_path / "own" / "epoch_3.pt"))
+    hub = read_pretrained(str(tmp_path / "hub" / "open_clip_model.safetensors"))
+    assert read.clip.config == hub.clip.config
+    assert read.clip.config.image.activation == "gelu"
+    assert all(torch.equal(value, hub.clip.state_dict()[name]) for name, value in read.clip.state_dict().items())
+    assert read.sha256 != hub.sha256 == read_pretrained(str(tmp_path / "hub")).sha256
+    (tmp_path / "hub" / "open_clip_config.json").unlink()
+    with pytest.raises(UserError, match=r"needs its open_clip_config.json beside it"):
+        read_pretrained(str(tmp_path / "hub" / "open_clip_model.safetensors"))
+    with pytest.raises(UserError, match=r"own: no weights \(.*; or name the file itself"):
+        read_pretrained(str(tmp_path / "own"))
+
+
+def test_timm_s_files_beside_open_clip_s(tmp_path):
+    """timm's repositories hold a config.json of timm's own, and weights of the image tower alone."""
+    write_open_clip(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_clip_224"}))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "open_clip_model.safetensors").read_bytes())
+    assert read_pretrained(str(tmp_path)).clip.config.image.activation == "gelu"
+    (tmp_path / "open_clip_model.safetensors").unlink()  # as a plain hub id downloads it
+    with pytest.raises(
+        UserError, match=r"model_type None.*; its open_clip_config.json is read under hf-hub:OWNER/NAME"
+    ):
+        read_pretrained(str(tmp_path))
+
+
 def test_the_highest_id_is_read_where_another_tokenizer_ends_with_a_lower_one(tmp_path):
     """pool_type argmax with a tokenizer whose end token is not its last word; eos reads the end token."""
 
@@ -255,6 +323,8 @@ REFUSED = {
     "a BERT": (changed("text_cfg", hf_model_name="roberta-base"), "hf_model_name is 'roberta-base'"),
     "EVA": (changed("vision_cfg", timm_model_name="eva02_base_patch16_clip_224"), "eva02_base_patch16_clip_224"),
     "NaFlex": (changed("vision_cfg", timm_model_name="naflexvit_base_patch16_siglip"), "naflexvit"),
+    "an older mean": (changed("vision_cfg", global_average_pool=True), "global_average_pool is True, and such towers"),
+    "what is new to us": (changed("text_cfg", reg_tokens=4), "reg_tokens is 4, and such towers are not read"),
     "first": (changed("text_cfg", pool_type="first"), "pool_type is 'first'"),
     "heads": (changed("vision_cfg", head_width=5), "heads do not divide"),
     "a missing tensor": (lambda config, tensors: tensors.pop("ln_final.weight"), "missing, first ln_final.weight"),
@@ -286,8 +356,6 @@ def test_the_shape_that_is_asked_for_is_the_file_s_own(tmp_path):
 def test_hub_ids_of_both_kinds(tmp_path, monkeypatch):
     """hf-hub:ID reads open_clip's files where a repository has both; a plain id those of Hugging Face; one that has
     only open_clip's is read under either name; a missing tokenizer is fetched under the name in the configuration."""
-    import shutil
-
     import huggingface_hub
 
     both, alone, words = tmp_path / "both", tmp_path / "alone", tmp_path / "words"

@@ -4,6 +4,7 @@ naively; image towers of others laid over a model."""
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -309,10 +310,15 @@ def base(tmp_path_factory):
 
 
 def wrapped(tensors):
-    """A checkpoint as training scripts write it."""
+    """A checkpoint as the training scripts of TeCoA and PMG-AFT write it: the best accuracy is a mean of numpy's."""
     from argparse import Namespace
 
-    return {"epoch": 3, "args": Namespace(lr=0.1), "best_acc1": 40.5, **tensors}
+    weight = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    beside = {"epoch": 3, "args": Namespace(lr=0.1), "best_acc1": np.mean([40.5, 41.0]), "seen": np.zeros(3)}
+    return {**beside, "add_prompter": {}, "optimizer": optimizer.state_dict(), **tensors}
 
 
 def visual(model):
@@ -368,7 +374,7 @@ def without(tensors, name):
 
 
 BAD = {
-    "one missing": (lambda m: without(visual(m), "ln_post.bias"), "1 tensors are missing, first visual.ln_post.bias"),
+    "one missing": (lambda m: without(visual(m), "ln_post.bias"), "1 tensor is missing, first visual.ln_post.bias"),
     "no projection": (
         lambda m: {k: v for k, v in m.state_dict().items() if k.startswith("vision_model.")},
         "missing, first visual_projection.weight",

@@ -12,6 +12,8 @@ from advtune.formats.writing import write_pretrained
 from advtune.pretrained import fingerprint, read_pretrained
 from conftest import write_clip
 
+WORDS = "text_model.embeddings.token_embedding.weight"
+
 
 @pytest.fixture
 def folder(clip_folder, tmp_path):
@@ -137,6 +139,69 @@ def test_legacy_end_token_is_the_last_id(folder):
     assert (read.tokenizer.start, read.tokenizer.end) == (size - 2, size - 1)
 
 
+def test_texts_begin_as_the_tokenizer_says_and_end_where_they_are_read(folder):
+    """transformers never asks config.json for the start; of a vocabulary with words behind the end token the last id
+    is none."""
+    config = json.loads((folder / "config.json").read_text())
+    size = config["text_config"]["vocab_size"]
+    config["text_config"]["bos_token_id"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    read = read_pretrained(str(folder))
+    assert (read.tokenizer.start, read.tokenizer.end) == (size - 2, size - 1)
+    change(folder, lambda t: t.update({WORDS: torch.cat([t[WORDS], torch.zeros(3, 24)])}))
+    config["text_config"] |= {"eos_token_id": 2, "vocab_size": size + 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    read = read_pretrained(str(folder))
+    assert (read.tokenizer.start, read.tokenizer.end, read.clip.text.end_token) == (size - 2, size - 1, size - 1)
+    config["text_config"]["eos_token_id"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"end with id 7 by config.json, with {size - 1} by the tokenizer; is it this"):
+        read_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("side", ["", "-1", "abc", "336px", "24x24", "16.5", "123456", "8@16"])
+def test_what_is_no_side_is_said_to_be_none(side, folder, tmp_path):
+    with pytest.raises(
+        UserError, match=f"@{side}': nothing of that name is there, .* one side is meant: a whole number"
+    ):
+        read_pretrained(f"{folder}@{side}")
+    with pytest.raises(UserError, match="no such folder"):
+        read_pretrained(f"{tmp_path}/a@b/clip")
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B-32"])
+def test_an_architecture_is_no_model_but_says_which_is_meant(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"did you mean openai/clip-vit-base-patch32\?"):
+        read_pretrained(name)
+
+
+def test_a_tower_without_a_base_and_a_base_without_a_tower(folder, tmp_path):
+    for name in (f"{folder}+", f"+{folder / 'model.safetensors'}"):
+        with pytest.raises(
+            UserError, match=r"BASE\+FILE lays the image tower in FILE over BASE; one of them is missing"
+        ):
+            read_pretrained(name)
+    with pytest.raises(UserError, match=r"a folder; name the file of weights in it, as .*model.safetensors"):
+        read_pretrained(f"{folder}+{folder}")
+    plus = tmp_path / "a+b"
+    shutil.copytree(folder, plus / "c+d")
+    name = f"{plus / 'c+d'}+{plus / 'c+d' / 'model.safetensors'}"
+    assert read_pretrained(name).name == name
+    assert read_pretrained(f"{name}@8").clip.config.image_size == 8
+
+
+def test_a_folder_without_a_model_says_where_one_may_be(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip_vision_model"}))
+    with pytest.raises(UserError, match=r"is an image tower alone; lay its weights over .*: BASE\+FILE"):
+        read_pretrained(str(folder))
+    (folder / "config.json").unlink()
+    (folder / "ViT-B-32.pt").touch()
+    with pytest.raises(UserError, match=r"to read a file in it, name that: .*ViT-B-32.pt"):
+        read_pretrained(str(folder))
+
+
 def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(folder, monkeypatch):
     import huggingface_hub
 
@@ -152,12 +217,17 @@ def test_a_hub_id_is_downloaded_and_its_failure_is_one_line(folder, monkeypatch)
     assert len(asked) == 1  # the safetensors were there: no pickles are asked for
 
     def offline(repo, allow_patterns):
-        raise OSError("no network\nand more")
+        raise OSError("no network. For more see the documentation\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"cannot be downloaded \(no network\); give a local folder") as error:
         read_pretrained("someone/clip")
     assert "\n" not in str(error.value)
+    for name in ("openai/clip-vit-base-patch32", "hf-hub:chs20/fare2-clip"):  # that are known already
+        with pytest.raises(UserError, match=r"\(no network\); give a local folder"):
+            read_pretrained(name)
+    with pytest.raises(UserError, match="did you mean hf-hub:chs20/fare2-clip"):
+        read_pretrained("chs20/fare2")
 
 
 def test_the_fingerprint_is_of_content(folder, tmp_path):

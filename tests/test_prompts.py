@@ -10,7 +10,11 @@ from advtune.configuration import read_config
 from advtune.errors import UserError
 from advtune.pretrained import EMBEDDED
 from advtune.prompts import Prompts
-from advtune.tokenizer import load_tokenizer
+from advtune.tokenizer import load_encoder, of_model
+
+
+def load_tokenizer(folder, config):
+    return of_model(load_encoder(folder), config, folder)
 
 
 def shapes(prompts):

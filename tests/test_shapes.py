@@ -160,13 +160,26 @@ def test_another_resolution_equals_transformers(kind, side, tmp_path):
         assert float((one - two).abs().max()) < 1e-4 * max(1.0, float(two.abs().max()))
 
 
-def test_another_resolution_of_open_clip_and_of_a_resnet(tmp_path):
-    model = write_open_clip(tmp_path / "open")
-    vlm, x = load(f"{tmp_path / 'open'}@24", "cpu", "fp32"), torch.rand(2, 3, 24, 24)
+@pytest.mark.parametrize("side", [24, 8])
+def test_another_resolution_of_open_clip_is_smoothed_as_there(side, tmp_path):
+    """open_clip resizes positions with antialiasing, which is another bicubic kernel than transformers'."""
+    model = write_open_clip(tmp_path)
+    vlm, x = load(f"{tmp_path}@{side}", "cpu", "fp32"), torch.rand(2, 3, side, side)
+    embeddings, n = model.vision_model.embeddings, side // 4
     with torch.no_grad():
         pixels = vlm.clip.config.preprocess(x)
-        theirs = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True).pooler_output
+        plain = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True).pooler_output
+        table = embeddings.position_embedding.weight
+        square = table[1:].T.reshape(1, -1, 4, 4)
+        grid = torch.nn.functional.interpolate(square, (n, n), mode="bicubic", antialias=True)[0].flatten(1).T
+        embeddings.position_embedding = torch.nn.Embedding.from_pretrained(torch.cat([table[:1], grid]))
+        embeddings.position_ids, embeddings.image_size = torch.arange(1 + n * n)[None], side
+        theirs = model.get_image_features(pixel_values=pixels).pooler_output
         torch.testing.assert_close(vlm.image_embeddings(x), theirs, rtol=1e-4, atol=1e-5)
+    assert float((theirs - plain).abs().max()) > 0.01
+
+
+def test_another_resolution_of_a_resnet(tmp_path):
     narrow = dict(hidden_size=64, num_attention_heads=1)
     vit = open_clip_tensors(write_clip(tmp_path / "vit", image=narrow, text=narrow))
     tensors = resnet_tensors(vit)

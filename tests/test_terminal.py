@@ -64,6 +64,10 @@ hf-hub:chs20/fare2-clip                    428M   224  linf 2/255  MIT
 hf-hub:chs20/fare4-clip                    428M   224  linf 4/255  MIT
 hf-hub:chs20/tecoa2-clip                   428M   224  linf 2/255  MIT
 hf-hub:chs20/tecoa4-clip                   428M   224  linf 4/255  MIT
+chs20/FARE4-ViT-B-32-laion2B-s34B-b79K     151M   224  linf 4/255  ?
+chs20/FARE4-ViT-B-16-laion2B-s34B-b88K     150M   224  linf 4/255  ?
+chs20/TeCoA4-ViT-B-32-laion2B-s34B-b79K    151M   224  linf 4/255  ?
+chs20/TeCoA4-ViT-B-16-laion2B-s34B-b88K    150M   224  linf 4/255  ?
 Size: parameters of both towers. px: side of its images. Robust: what its image
 tower was tuned to withstand. ?: not known. Source: the hub, from the owner
 before the slash; mini is embedded, a small stand-in, not OpenAI CLIP, for

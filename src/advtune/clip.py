@@ -100,6 +100,7 @@ class ImageTower(nn.Module):
         tower, shape = config.image, config.vision
         self.patch, self.grid = config.patch, config.image_size // config.patch
         self.reads, self.norm_after, self.own = shape.reads, shape.norm_after, int(shape.class_token)
+        self.smooth = shape.smooth
         self.embed = nn.Linear(3 * config.patch**2, tower.width, bias=shape.patch_bias)
         self.class_token = nn.Parameter(torch.randn(tower.width) * 0.02) if shape.class_token else None
         places = self.own + ((shape.native or config.image_size) // config.patch) ** 2
@@ -121,7 +122,7 @@ class ImageTower(nn.Module):
         """Position embeddings [n, W] of the class token, where there is one, and the patches."""
         if len(self.position) == self.own + self.grid**2:
             return self.position
-        return torch.cat([self.position[: self.own], resized(self.position[self.own :], self.grid)])
+        return torch.cat([self.position[: self.own], resized(self.position[self.own :], self.grid, self.smooth)])
 
     def blank(self) -> Tensor:
         """The token [W] of a patch that shows nothing, at a mean place."""

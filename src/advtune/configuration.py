@@ -38,7 +38,7 @@ def _config(folder: Path) -> ClipConfig:
     text = {**TEXT_DEFAULTS, **(raw.get("text_config") or {})}
     image = {**IMAGE_DEFAULTS, **(raw.get("vision_config") or {})}
     vocabulary = whole(text, "vocab_size", 49408, low=2)
-    legacy = text.get("eos_token_id", 49407) == 2  # OpenAI's uploads; there the end token is the last id
+    legacy = legacy_end(folder)
     size = whole(image, "image_size", 224, most=SIDE)
     preprocessor = folder / "preprocessor_config.json"
     preprocess = from_config(table_of(preprocessor)) if preprocessor.is_file() else Preprocess(size, size)
@@ -56,6 +56,11 @@ def _config(folder: Path) -> ClipConfig:
         end_token=vocabulary - 1 if legacy else whole(text, "eos_token_id", 49407, low=0, most=vocabulary - 1),
         preprocess=preprocess,
     )
+
+
+def legacy_end(folder: Path) -> bool:
+    """Whether config.json has the end token of OpenAI's uploads, 2, where none is: there it is the last id."""
+    return (table_of(folder / "config.json").get("text_config") or {}).get("eos_token_id", 49407) == 2
 
 
 def tower(raw: Mapping[str, Any]) -> TowerConfig:

@@ -19,12 +19,14 @@ BUFFERS = frozenset({"text_model.embeddings.position_ids", "vision_model.embeddi
 
 class Layout(NamedTuple):
     """How others name what we have. names: our parameter or buffer -> theirs, several stacked along the first axis.
-    transposed: ours whose matrix lies there the other way round. aside: tensors that are no weights."""
+    transposed: ours whose matrix lies there the other way round. aside: tensors that are no weights. otherwise: what to
+    do when they do not fit."""
 
     names: dict[str, tuple[str, ...]]
     transposed: frozenset[str] = frozenset()
     aside: frozenset[str] = BUFFERS
     kind: str = "a CLIP model"
+    otherwise: str = "weights and configuration are not of one model, fetch both again"
 
 
 def layout(config: ClipConfig) -> dict[str, tuple[str, ...]]:
@@ -80,12 +82,17 @@ def fits(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source
     """Raises UserError naming the first tensor that is missing, unknown or of another shape than our own."""
     missing, unknown = gaps(tensors, how)
     if missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+        raise UserError(f"{source}: {count(missing)} missing, first {missing[0]}; {how.otherwise}")
     if unknown:
-        raise UserError(f"{source}: {len(unknown)} tensors are not of {how.kind}, first {visible(unknown[0])[:100]}")
+        first = visible(unknown[0])[:100]
+        raise UserError(f"{source}: {count(unknown)} not of {how.kind}, first {first}; {how.otherwise}")
     assert set(shapes) == set(how.names), "layout and CLIP disagree"
     for name, own, asked in misshapen(shapes, tensors, how):
-        raise UserError(f"{source}: {name} has shape {own}, the configuration asks for {asked}")
+        raise UserError(f"{source}: {name} has shape {own}, the configuration asks for {asked}; {how.otherwise}")
+
+
+def count(names: list[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def gaps(tensors: Mapping[str, Tensor], how: Layout) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ from advtune import runs
 from advtune.clip import CLIP
 from advtune.configuration import read_config
 from advtune.errors import UserError
-from advtune.formats import KINDS, kind_of, open_clip, openai, overlay, read, siglip
+from advtune.formats import KINDS, folder_of, kind_of, open_clip, openai, overlay, read, siglip
 from advtune.formats.spec import HUB, Spec, at_side, parse
 from advtune.huggingface import Layout, fits, gaps, layout, misshapen
 from advtune.pretrained import EMBEDDED, content, locate, read_notice
@@ -75,10 +75,6 @@ def attempt(errors: list[str], work: Callable[[], Any]) -> Any:
         return None
 
 
-def folder_of(place: Path) -> Path:
-    return place if place.is_dir() else place.parent
-
-
 def sizes(place: Path, files: list[Path] | None = None) -> dict[str, int]:
     """Bytes of the files that decide what a backbone is; of all that lie there, where these are not known."""
     if files is None:
@@ -94,8 +90,8 @@ def pieces(place: Path, kind: str | None) -> tuple[ClipConfig | None, Mapping[st
         config = attempt(silent, lambda: openai.checked(place, lambda: openai.configuration(tensors))) if tensors else None  # noqa: E501  # fmt: skip
         return config, tensors, openai.naming(config, tensors) if config else None
     if kind == "open_clip":  # without a tokenizer its configuration is not known
-        file = next((place / name for name in open_clip.WEIGHTS if (place / name).is_file()), None)
-        return None, attempt(silent, lambda: read_tensors([file])) if file else None, None
+        file = place if place.is_file() else attempt(silent, lambda: open_clip.weights(place))
+        return None, attempt(silent, lambda: openai.tensors_of(file)) if file else None, None
     tensors = attempt(silent, lambda: read_tensors(weight_files(place)))
     if kind == "siglip":
         encoder = attempt(silent, lambda: load_encoder(place))

@@ -16,7 +16,7 @@ from advtune.formats.found import Found
 from advtune.formats.overlay import lay
 from advtune.formats.spec import HUB, Spec, at_side, parse
 from advtune.huggingface import fill
-from advtune.listing import HUB_BACKBONES
+from advtune.listing import BACKBONES, HUB_BACKBONES
 from advtune.tokenizer import Tokenizer
 from advtune.untrusted import HUB_ID, expanded, is_there, visible
 
@@ -94,12 +94,19 @@ def locate(name: str) -> Path:
     if name.startswith(HUB) and HUB_ID.fullmatch(name.removeprefix(HUB)):
         return download(name.removeprefix(HUB), tuple(reversed(KINDS)))
     if not HUB_ID.fullmatch(name):
-        known, hint = ", ".join(EMBEDDED), suggest(name, [*EMBEDDED, *HUB_BACKBONES])
+        known, hint = ", ".join(EMBEDDED), architecture(name) or suggest(name, [*EMBEDDED, *HUB_BACKBONES])
         raise UserError(
             f"backbone {name[:200]!r}: no such folder, and not a hub id such as openai/clip-vit-base-patch32 "
             f"(embedded: {known}); {hint}".rstrip("; ")
         )
     return download(name)
+
+
+def architecture(name: str) -> str:
+    """What is meant, where a name is that of an architecture, as ViT-B/32 in OpenAI's package and ViT-B-32 in
+    open_clip."""
+    same = (each for each, facts in BACKBONES.items() if facts["model"].replace("/", "-") == name.replace("/", "-"))
+    return f"did you mean {found}?" if (found := next(same, "")) else ""
 
 
 def download(repo: str, kinds: tuple[tuple[str, ...], ...] = KINDS) -> Path:
@@ -112,7 +119,8 @@ def download(repo: str, kinds: tuple[tuple[str, ...], ...] = KINDS) -> Path:
             if list(folder.glob(pattern)):
                 break
     except Exception as error:  # the hub client raises many kinds; all mean that it cannot be had
-        hint = "" if repo in HUB_BACKBONES else suggest(repo, HUB_BACKBONES)
+        known = {repo, HUB + repo} & {*HUB_BACKBONES}
+        hint = "" if known else architecture(repo) or suggest(repo, HUB_BACKBONES)
         raise UserError(
             f"backbone {repo!r} cannot be downloaded ({reason(error)}); "
             f"{hint or 'give a local folder in the same format'}"
@@ -136,8 +144,9 @@ def download_tokenizer(repo: str, place: Path) -> Path:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    """The first sentence of what a library says, in one line."""
+    said = str(error).strip().partition("\n")[0].partition(". ")[0].removesuffix(".")
+    return said[:160] or type(error).__name__
 
 
 def fingerprint(files: list[Path]) -> str:

@@ -31,6 +31,7 @@ class ImageShape:
     stages: blocks of a ResNet's four stages; empty for a transformer. reads: the "class" token, the "mean" of the
     patches, or an "attention" head over them. norm_after: the last norm comes after the mean. project: "linear",
     "affine" (with a bias) or "none". native: side in pixels that positions are stored for; 0: that of the images.
+    smooth: how positions are resized for others, see `resized`.
     """
 
     stages: tuple[int, ...] = ()
@@ -41,6 +42,7 @@ class ImageShape:
     patch_bias: bool = False
     project: str = "linear"
     native: int = 0
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,11 @@ def projection(kind: str, width: int, embed: int) -> nn.Module:
     return nn.Identity() if kind == "none" else nn.Linear(width, embed, bias=kind == "affine")
 
 
-def resized(grid: Tensor, side: int) -> Tensor:
+def resized(grid: Tensor, side: int, smooth: bool = False) -> Tensor:
     """Position embeddings of a square of patches [n * n, W] for another square [side * side, W], bicubic; as they are
-    where the sides are equal."""
+    where the sides are equal. smooth: antialiased, as open_clip and timm do it; transformers does not."""
     own = round(len(grid) ** 0.5)
     if own == side:
         return grid
     image = grid.T.unflatten(1, (own, own))[None]  # [1, W, n, n]
-    return F.interpolate(image, (side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+    return F.interpolate(image, (side, side), mode="bicubic", align_corners=False, antialias=smooth)[0].flatten(1).T

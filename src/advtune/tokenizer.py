@@ -32,6 +32,7 @@ CLEAN: dict[str, Callable[[str], str]] = {
     "case": str.lower,  # SigLIP 2
     "lower": lambda text: folded(text.lower()),
     "whitespace": lambda text: folded(text),
+    "whitespace_underscore": lambda text: folded(text.replace("_", " ")),
 }
 
 
@@ -89,12 +90,6 @@ class Tokenizer:
         return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
 
 
-def load_tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
-    """The tokenizer in a folder, for texts as the model wants them. Raises UserError as `load_encoder`, and when it has
-    ids that the model has not."""
-    return of_model(load_encoder(folder), config, folder)
-
-
 def of_model(encoder: Encoder, config: ClipConfig, folder: Path) -> Tokenizer:
     """An encoder with what the model says of texts. Raises UserError when it has ids that the model has not."""
     ids = 1 + max(encoder.get_vocab().values(), default=0)
@@ -112,7 +107,7 @@ def load_encoder(folder: Path) -> Encoder:
     file, packed = folder / "tokenizer.json", folder / OPENAI
     pair = folder / "vocab.json", folder / "merges.txt"
     if not any(each.is_file() for each in (file, packed)) and not all(each.is_file() for each in pair):
-        raise UserError(f"{folder}: no tokenizer (tokenizer.json, vocab.json and merges.txt, or {OPENAI})")
+        raise UserError(f"{folder}: no tokenizer; put tokenizer.json, or vocab.json and merges.txt, or {OPENAI} there")
     ways = {file: _from_file, pair[0]: lambda _: _from_pair(*pair), packed: _from_openai}
     what = file if file.is_file() else pair[0] if pair[0].is_file() else packed
     try:

@@ -27,7 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [whole]
         if index.is_file():
             return [folder / name for name in _shards(folder, index, ending)]
-    raise UserError(f"{folder}: no weights (model.safetensors, or pytorch_model.bin, whole or sharded)")
+    raise UserError(
+        f"{folder}: no weights (model.safetensors, or pytorch_model.bin, whole or in shards with their index)"
+    )
 
 
 def _shards(folder: Path, index: Path, ending: str) -> list[str]:
@@ -39,7 +41,7 @@ def _shards(folder: Path, index: Path, ending: str) -> list[str]:
         if Path(name).name != name or "\\" in name or not name.endswith(f".{ending}"):
             raise UserError(f"{index}: names {visible(name)[:60]!r}, not a .{ending} file beside it; do not trust this")
         if not is_there(folder / name, Path.is_file):
-            raise UserError(f"{folder}: shard {visible(name)} is named by {index.name} but missing")
+            raise UserError(f"{folder}: shard {visible(name)} is named by {index.name} but missing; fetch it")
     return sorted(set(names))
 
 

@@ -28,7 +28,9 @@ DTYPES = {
 }  # fmt: skip
 ASIDE = {  # what else checkpoints hold beside their tensors: it is passed over
     ("argparse", "Namespace"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"), ("torch", "device"), ("torch", "Size"),
+    ("numpy._core.multiarray", "scalar"), ("numpy", "ndarray"), ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"), ("_codecs", "encode"),  # the bytes of numpy's numbers
+    ("torch", "device"), ("torch", "Size"),
 }  # fmt: skip
 
 

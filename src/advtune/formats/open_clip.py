@@ -15,38 +15,49 @@ from advtune.configuration import LAYERS, checked, table_of, whole
 from advtune.errors import UserError
 from advtune.formats import timm
 from advtune.formats.found import Found
-from advtune.formats.names import visual, without, words
+from advtune.formats.names import visual, words
+from advtune.formats.openai import tensors_of
 from advtune.huggingface import Layout
 from advtune.preprocess import SIDE, Preprocess
 from advtune.shapes import ImageShape, TextShape
 from advtune.tokenizer import CLEAN, ENDS, frame, load_encoder, of_model
 from advtune.untrusted import visible
-from advtune.weights import read_tensors
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+OWN = {"lower", "canonicalize"}  # what may happen to a text before CLIP's own tokenizer, which lowers it
 VOCABULARY = "openai/clip-vit-base-patch32"  # whose tokenizer is meant where none is named
-PLAIN = {"block_type": "default", "pos_embed_type": "learnable", "text_arch": "clip", "proj_type": "linear"}
-CHANGED = (  # what changes a tower, and is read nowhere
-    "ls_init_value", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner",
-    "scale_attn", "scale_fc", "block_type", "embed_cls", "hf_model_name", "text_arch", "variable_text", "use_pad_mask",
-    "tokenizer_mode", "tokenizer_type", "timm_model_kwargs", "ln_post_emb",
-)  # fmt: skip
+PLAIN = {"block_type": "default", "text_arch": "clip"}
+READ = {  # settings of a tower that are read here, or change nothing that is computed; any other must be off
+    "image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "pool_type", "final_ln_after_pool",
+    "no_ln_pre", "act_kwargs", "norm_kwargs", "pos_embed_type", "patch_dropout", "output_tokens", "image_seq_len",
+    "attn_pooler_queries", "attn_pooler_heads", "timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj",
+    "timm_drop", "timm_drop_path", "context_length", "vocab_size", "heads", "hf_tokenizer_name", "tokenizer_kwargs",
+    "pad_id", "bos_id", "eos_id", "no_causal_mask", "proj_bias", "proj_type", "hf_model_pretrained", "hf_proj_type",
+    "hf_pooler_type", "tiktoken_name",
+}  # fmt: skip
 
 
-def read(folder: Path) -> Found:
-    """A folder in open_clip's format. Raises UserError as `read_pretrained`, and for what no tower here can be."""
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{folder}: no weights ({' or '.join(WEIGHTS)}) beside {CONFIG}")
-    tensors = without(read_tensors([file]), "module.")
+def read(place: Path) -> Found:
+    """A folder in open_clip's format, or weights beside its configuration, as a checkpoint of its training. Raises
+    UserError as `read_pretrained`, and for what no tower here can be."""
+    folder, file = (place.parent, place) if place.is_file() else (place, weights(place))
+    tensors = tensors_of(file)
     raw = table_of(folder / CONFIG)
     place = tokenizer_folder(folder, raw)
     encoder = load_encoder(place)
     config = checked(folder, lambda: configuration(raw, encoder, settings(place), "logit_bias" in tensors))
     of = [folder / CONFIG, *sorted(place / name for name in TOKENIZER if (place / name).is_file()), file]
     return Found(config, tensors, naming(config, tensors), of_model(encoder, config, place), of, folder)
+
+
+def weights(folder: Path) -> Path:
+    """The file of weights in a folder. Raises UserError when there is none."""
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder}: no weights ({' or '.join(WEIGHTS)}) beside {CONFIG}; or name the file itself")
+    return file
 
 
 def naming(config: ClipConfig, tensors: Mapping[str, Tensor], kind: str = "an open_clip model") -> Layout:
@@ -68,9 +79,9 @@ def configuration(raw: Mapping[str, Any], encoder: Encoder, tokens: Mapping[str,
     if "multimodal_cfg" in model:
         raise UserError("multimodal_cfg: a CoCa, whose text tower is not CLIP's, is not read")
     for part in (image, text):
-        for key in CHANGED:
-            if part.get(key) and part[key] != PLAIN.get(key):
-                raise UserError(f"{key} is {visible(repr(part[key]))[:60]}, and such towers are not read")
+        for key, value in part.items():
+            if value and key not in READ and value != PLAIN.get(key):
+                raise UserError(f"{visible(key)[:40]} is {visible(repr(value))[:60]}, and such towers are not read")
     act = "quick_gelu" if model.get("quick_gelu") else "gelu"
     embed, size = whole(model, "embed_dim"), side(image)
     tower, shape, patch = image_tower(image, act, size)
@@ -94,7 +105,7 @@ def configuration(raw: Mapping[str, Any], encoder: Encoder, tokens: Mapping[str,
         start_token=None,
         end_token=None,
         preprocess=preprocessing(raw.get("preprocess_cfg") or {}, size),
-        vision=shape,
+        vision=replace(shape, smooth=True),
         sigmoid=bias,
     )
     return tokenized(config, text, encoder, tokens)
@@ -130,13 +141,15 @@ def tokenized(
     options = text.get("tokenizer_kwargs") or {}
     named = bool(text.get("hf_tokenizer_name"))
     start, end = frame(encoder) if named else (encoder.token_to_id(each) for each in ENDS)
-    pad = encoder.token_to_id(tokens["pad_token"]) if named and tokens.get("pad_token") else text.get("pad_id", 0)
+    pad: int | None = 0  # what CLIP's own tokenizer fills rows with, whatever pad_id says
+    if named:
+        pad = encoder.token_to_id(tokens["pad_token"]) if tokens.get("pad_token") else text.get("pad_id", 0)
     pool, causal = text.get("pool_type", "argmax"), not text.get("no_causal_mask")
     if pool not in ("argmax", "eos", "last"):
         raise UserError(f"the texts' pool_type is {pool!r:.40}; argmax, eos and last are read")
-    clean = options.get("clean", "whitespace") if named else "none"
-    if clean not in CLEAN:
-        raise UserError(f"tokenizer_kwargs: clean is {clean!r:.40}, which is not one of {', '.join(CLEAN)}")
+    clean, ways = options.get("clean", "whitespace" if named else "lower"), {*CLEAN} if named else OWN
+    if clean not in ways:
+        raise UserError(f"tokenizer_kwargs: clean is {clean!r:.40}, which is not one of {', '.join(sorted(ways))}")
     if pool == "eos":
         end = whole(text, "eos_id", 2, low=0)
     if options.get("strip_sep_token"):
@@ -176,7 +189,7 @@ def preprocessing(raw: Mapping[str, Any], size: int) -> Preprocess:
     plain, mode = Preprocess(), raw.get("resize_mode") or "shortest"
     if mode not in ("shortest", "squash"):
         raise UserError(f"resize_mode is {mode!r:.40}; shortest and squash are read")
-    mean, std = (tuple(v) if isinstance(v, list) else (v,) * 3 for v in (raw.get("mean") or plain.mean, raw.get("std") or plain.std))  # noqa: E501  # fmt: skip
+    mean, std = (tuple(v) if isinstance(v, list | tuple) else (v,) * 3 for v in (raw.get("mean") or plain.mean, raw.get("std") or plain.std))  # noqa: E501  # fmt: skip
     how = "bilinear" if raw.get("interpolation") == "bilinear" else "bicubic"
     return Preprocess(size, size, mean, std, how) if mode == "shortest" else Preprocess((size, size), None, mean, std, how)  # noqa: E501  # fmt: skip
 

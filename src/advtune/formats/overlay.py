@@ -29,6 +29,9 @@ MARKS = {
 }
 
 
+OTHERWISE = "take for BASE the model that it was tuned from"
+
+
 def lay(clip: CLIP, file: Path) -> None:
     """Put the image tower of a checkpoint in the place of the model's. Raises UserError naming the first tensor that is
     missing, is not of this tower, or has another shape: then nothing has changed."""
@@ -50,8 +53,8 @@ def laid(clip: CLIP, file: Path) -> tuple[dict[str, Tensor], Layout]:
     turned = frozenset({"image.project.weight"} if MARKS[mark] == "visual." else ())
     aside = frozenset(name for name in tensors if name.endswith(("num_batches_tracked", "attn_mask", "position_ids")))
     if set(names) != set(shapes_of(clip)) or mark.startswith("attnpool.") != bool(clip.config.vision.stages):
-        raise UserError(f"{file}: its tensors are named as of another kind of tower than the backbone's")
-    return tensors, Layout(names, turned, aside, "this image tower")
+        raise UserError(f"{file}: its tensors are named as of another kind of tower than the backbone's; {OTHERWISE}")
+    return tensors, Layout(names, turned, aside, "this image tower", OTHERWISE)
 
 
 def shapes_of(clip: CLIP) -> dict[str, torch.Size]:
@@ -61,6 +64,8 @@ def shapes_of(clip: CLIP) -> dict[str, torch.Size]:
 
 def table_of(file: Path) -> dict[str, Any]:
     """What a checkpoint holds, tables within tables."""
+    if file.is_dir():
+        raise UserError(f"{file}: a folder; name the file of weights in it, as {file / 'model.safetensors'}")
     if not file.is_file():
         raise UserError(f"{file}: no such file; BASE+FILE lays the image tower in FILE over the backbone BASE")
     if file.suffix == ".safetensors" or not zipfile.is_zipfile(file):

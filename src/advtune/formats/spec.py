@@ -28,7 +28,7 @@ class Spec(NamedTuple):
 
 def parse(text: str) -> Spec:
     """A backbone's name in its parts; what is there under the whole name is that. Raises UserError for a side that no
-    image has."""
+    image has, and for a + with nothing on one of its sides."""
     if is_there(expanded(text)):
         return Spec(text)
     found = SIDE_OF.fullmatch(text)
@@ -38,8 +38,26 @@ def parse(text: str) -> Spec:
         raise UserError(f"backbone {text[:200]!r}: a side of {side} pixels; from 1 to {SIDE}")
     if is_there(expanded(name)):
         return Spec(name, "", side)
-    base, _, tower = name.partition("+")
+    base, plus, tower = split(name)
+    for part in (base, tower):
+        if "@" in part and "/" not in part.rpartition("@")[2] and not is_there(expanded(part)):
+            raise UserError(
+                f"backbone {text[:200]!r}: nothing of that name is there, and behind an @ one side is meant: a whole "
+                f"number of pixels from 1 to {SIDE}, as in BASE@336"
+            )
+    if plus and not (base and tower):
+        raise UserError(
+            f"backbone {text[:200]!r}: BASE+FILE lays the image tower in FILE over BASE; one of them is missing"
+        )
     return Spec(base, tower, side)
+
+
+def split(name: str) -> tuple[str, str, str]:
+    """BASE, +, FILE: at the first + behind which a file lies, as folders may be called what they like; else at the
+    first."""
+    places = [i for i, letter in enumerate(name) if letter == "+"]
+    place = next((i for i in places if name[:i] and is_there(expanded(name[i + 1 :]))), (places or [len(name)])[0])
+    return name[:place], name[place : place + 1], name[place + 1 :]
 
 
 def at_side(config: ClipConfig, side: int) -> ClipConfig:

@@ -34,7 +34,7 @@ def write_pretrained(clip: CLIP, folder: Path, dtype: torch.dtype = torch.float3
 
 def kind_of(c: ClipConfig) -> str:
     """Which of Hugging Face's models this is. Raises UserError when it is none."""
-    vision = dataclasses.replace(c.vision, native=0)
+    vision = dataclasses.replace(c.vision, native=0, smooth=False)
     texts = dataclasses.replace(c.words, pad=None, fixed=False, clean="none")
     if not c.sigmoid and c.start_token is not None and (vision, texts) == (ImageShape(), TextShape()):
         return "clip"
