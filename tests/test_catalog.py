@@ -321,7 +321,11 @@ def test_coops_split_is_used_where_it_is(name, own_data):
 
 
 @pytest.mark.filterwarnings("ignore:.*images, not")
-def test_coops_files_may_lie_under_the_catalogs_name_and_its_pickles_are_left_alone(own_data):
+def test_coops_files_may_lie_under_the_catalogs_name_and_its_pickles_are_left_alone(own_data, monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
     root, classes = write_coop(own_data, "dtd")
     (root / "split_fewshot").mkdir()
     (root / "split_fewshot" / "shot_1-seed_1.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
