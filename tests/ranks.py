@@ -18,6 +18,7 @@ from advtune.methods import METHODS
 
 EPS = 16 / 255
 PLAIN = {"lr": 0.002, "warmup": 0, "warmup_epochs": 0, "epochs": 4}
+AVERAGE = {"trainable": "image-tower", "optimizer": "sgd", "guide": "average", "average": 0.5}
 # 9 images: batches of 4, 4 and 1, which has fewer images than there are processes; of 5 and 4; of 6 and 3, whose
 # shares do not begin at the same place
 TUNED = {
@@ -26,6 +27,7 @@ TUNED = {
     "two models": ("apd", {**PLAIN, "batch_size": 4, "feedback": 0.5}, {"eps": EPS}),
     "teacher first": ("apd", {**PLAIN, "batch_size": 5, "teacher": "offline", "weight_decay": 0.1}, {"eps": EPS}),
     "replay": ("tecoa", {**PLAIN, "batch_size": 6}, {"name": "free", "replay": 2, "eps": EPS}),
+    "average that guides": ("guided", {**PLAIN, **AVERAGE, "batch_size": 4}, {"eps": EPS}),
     "made once": ("advpt", {**PLAIN, "batch_size": 4, "tokens": 4}, {"eps": EPS}),
 }
 EVALUATED = {
