@@ -16,6 +16,7 @@ from advtune import answers, cost, disk, grid, runs
 from advtune.attacks import PGD, AutoAttack
 from advtune.cli import main
 from advtune.data.catalog import catalog
+from advtune.edits import TextEdits
 from advtune.errors import UserError
 from advtune.protocols import PROTOCOLS, Run, Slice, slug
 from advtune.report import render
@@ -496,6 +497,10 @@ REFUSED = {
     "table of no paper": ({"table": "few-shot"}, "is of no paper"),
     "curve in l2": ({"protocol": "eps-curve", "attacks": [{"name": "cw-l2"}]}, "a curve in l2 has no usual eps"),
     "curve": ({"protocol": "eps-curve", "attacks": [{"name": "none"}]}, "needs an attack"),
+    "curve over texts": ({"protocol": "eps-curve", "attacks": [{"name": "text"}]}, "needs an attack"),
+    "text eps": ({"attacks": [{"name": "text", "eps": "1/255"}]}, "attack text: no option eps"),
+    "text distance": ({"attacks": [{"name": "text", "distance": 0}]}, "write 1 or more"),
+    "text twice": ({"attacks": [{"name": "text"}, {"name": "text", "distance": 1}]}, "name the same thing twice"),
 }
 
 
@@ -594,6 +599,37 @@ def test_clean_alone_may_be_none_in_python(study, tmp_path):
     assert from_facts(tomllib.loads(write(study))) == study
     for _ in range(2):
         assert len(run_study(study, tmp_path, show=False).rows) == 1
+
+
+def test_class_names_are_attacked_in_a_study_too(study, calls, tmp_path, capsys):
+    """Beside images or alone, at two distances, once, and as by hand."""
+    words = [{"name": "text", "alphabet": "ab", "distance": k} for k in (1, 2)]
+    asked = replace(study, attacks=(QUICK, *words))
+    outcome = run_study(asked, tmp_path / "out", show=False)
+    assert not outcome.failed
+    assert [row.attack.get("distance") for row in outcome.rows] == [None, 1, 2] * 2
+    assert [attack.name for attack in plan(from_facts(read_toml(tmp_path / "out" / "study.toml")))[0].attacks] == [
+        "pgd", "text", "text",
+    ]  # fmt: skip
+    calls.clear()
+    again = run_study(asked, tmp_path / "out", show=False)
+    assert (calls, again.skipped, again.rows) == ([], 2, outcome.rows)
+    for row in outcome.rows[1::3]:
+        model = advtune.load(row.run or study.backbone, "cpu", row.precision)
+        by_hand = advtune.evaluate(model, row.data["spec"], TextEdits(alphabet="ab"), show=False)
+        assert (by_hand.flags, by_hand.stages[0]["edits"]) == (row.flags, row.stages[0]["edits"])
+    images = cost.evaluation([(Slice(study.data[0]), [TextEdits()])], {})
+    assert images == cost.evaluation([(Slice(study.data[0]), [None])], {}) != (0, 0)  # its texts are not counted
+    given = ["--methods", "zero-shot", "--data", *study.data, "--backbone", study.backbone, "--attack", "pgd", "text"]
+    given += ["-a", "distance=2", "-a", "steps=3", "--eps", "1/255"]
+    found = from_flags({"study": "few-shot", "methods": ["zero-shot"], "data": study.data, "attack": ["pgd", "text"],
+                        "attack_options": ["distance=2", "steps=3"], "eps": ["1/255"]}).evaluation()  # fmt: skip
+    assert [(type(each), getattr(each, "steps", None)) for each in found] == [(PGD, 3), (TextEdits, None)]
+    assert found[1] == TextEdits(distance=2)
+    assert main(["study", "few-shot", *given, "--dry-run"]) == 0
+    assert "the texts\nthat the attack text tries" in capsys.readouterr().out
+    assert main(["study", "few-shot", *given[:-2], "--attack", "text", "--eps", "1/255", "--dry-run"]) == 2
+    assert "--eps goes with an attack on images" in capsys.readouterr().err
 
 
 def test_the_verb(images, clip_folder, tmp_path, capsys, calls):

@@ -46,7 +46,7 @@ def missing(run: Run, have: Sequence[Row]) -> Todo:
 def answers(row: Row, run: Run, test: Slice, attack: Any) -> bool:
     """Whether a row is this evaluation: the whole slice and every field of the attack, its seed included."""
     facts = None if attack is None else plain({**attack_facts(attack), "seed": run.attack_seed})
-    same = plain(row.attack) == facts and row.threat == ("" if attack is None else WHITE_BOX)
+    same = plain(row.attack) == facts and row.threat == ("" if attack is None else getattr(attack, "threat", WHITE_BOX))
     return same and is_slice(row.data, row, spec=test.data, subset=test.subset, part=test.part, limit=test.limit)
 
 

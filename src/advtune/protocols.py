@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from advtune.attacks import ATTACKS, Attack, check_measures
 from advtune.data.task import OPENERS
+from advtune.edits import TEXTUAL
 from advtune.errors import UserError, near
 from advtune.methods import METHODS, configure
 from advtune.options import as_options, fill
@@ -129,16 +130,20 @@ def slug(text: str) -> str:
 
 def attacks_of(facts: Mapping[str, Any], curve: bool = False) -> list[Any]:
     """The attacks of one entry of a study: {"name": "pgd", "eps": ["1/255", "4/255"], "steps": 100}, ascending; what
-    it does not say is the attack's default, and a curve's eps CURVE. Raises UserError for what does not fit."""
+    it does not say is the attack's default, and a curve's eps CURVE. One on class texts has no eps. Raises UserError
+    for what does not fit."""
     name, what = facts["name"], f"attack {facts['name']}"
     if name == NONE:
         if len(facts) > 1:
             raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
         return [None]
     check_measures(name)
-    if name not in ATTACKS:
-        raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
-    one = fill(ATTACKS[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)
+    known = ATTACKS | TEXTUAL
+    if name not in known:
+        raise UserError(f"study: unknown attack {name!r}; {near(name, known)}")
+    if name in TEXTUAL:
+        return [fill(known[name], {key: value for key, value in facts.items() if key != "name"}, what)]
+    one = fill(known[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)
     if curve and "eps" not in facts and one.norm != "linf":
         raise UserError(f"study: {what}: a curve in {one.norm} has no usual eps; give several, as 0.25 0.5 1")
     radii = facts.get("eps", CURVE if curve else one.eps)

@@ -13,6 +13,7 @@ from typing import Any
 from advtune.attacks import ATTACKS
 from advtune.data.catalog import names
 from advtune.data.task import FORMS, OPENERS
+from advtune.edits import TEXTUAL
 from advtune.errors import UserError, near
 from advtune.grid import Bench, Engine, Outcome, alone, in_turn, through
 from advtune.methods import METHODS
@@ -140,7 +141,7 @@ def check(study: Study) -> None:
         raise UserError(f"study: {study.protocol} tunes on each set of data; leave train_on out")
     if study.protocol == "eps-curve" and len(study.attacks) > 1:
         raise UserError("study: eps-curve takes one attack with several eps; make a study for each attack")
-    if study.protocol == "eps-curve" and None in study.evaluation():
+    if study.protocol == "eps-curve" and not all(hasattr(attack, "eps") for attack in study.evaluation()):
         raise UserError('study: eps-curve needs an attack: [[attacks]] name = "pgd" eps = ["1/255", "4/255"]')
 
 
@@ -208,14 +209,15 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
         kept = [each for name in names for each in kept if each["name"] == name]
     elif radii or given:
         kept = kept or [dict(ATTACK)]
-    if radii and all(attack["name"] == NONE for attack in kept):
-        raise UserError("study: --eps goes with an attack; name it with --attack pgd")
-    options, used = pairs(given or (), "study: -a"), set()
+    flat = (NONE, *TEXTUAL)  # what has no eps
+    if radii and all(attack["name"] in flat for attack in kept):
+        raise UserError("study: --eps goes with an attack on images; name it with --attack pgd")
+    options, used, known = pairs(given or (), "study: -a"), set(), ATTACKS | TEXTUAL
     for attack in kept:
-        own = as_options(ATTACKS[attack["name"]]) if attack["name"] in ATTACKS else {}
+        own = as_options(known[attack["name"]]) if attack["name"] in known else {}
         attack |= {key: value for key, value in options.items() if key in own}
         used |= set(own)
-        if radii and attack["name"] != NONE:
+        if radii and attack["name"] not in flat:
             attack["eps"] = radii
     if unused := [key for key in options if key not in used]:
         names_ = ", ".join(attack["name"] for attack in kept)
