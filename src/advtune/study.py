@@ -13,8 +13,10 @@ from typing import Any
 from advtune.attacks import ATTACKS
 from advtune.data.catalog import names
 from advtune.data.task import FORMS, OPENERS
+from advtune.data.templates import listed
 from advtune.edits import TEXTUAL
 from advtune.errors import UserError, near
+from advtune.formats.spec import parse
 from advtune.grid import Bench, Engine, Outcome, alone, in_turn, through
 from advtune.methods import METHODS
 from advtune.options import as_options, pairs
@@ -25,7 +27,7 @@ from advtune.untrusted import read_bytes
 
 FILE = "study.toml"
 ATTACK: dict[str, Any] = {"name": "pgd", "steps": 100}
-LISTS = {"methods": str, "data": str, "shots": int, "seeds": int}
+LISTS = {"methods": str, "data": str, "shots": int, "seeds": int, "template": str}
 SINGLE = {
     "protocol": str, "train_on": str, "backbone": str, "paper": str, "table": str,
     "epochs": int, "limit": int, "train_limit": int, "attack_seed": int,
@@ -40,11 +42,10 @@ class Study:
 
     methods, data: names of `advtune list`, or data specs. train_on: the set tuned on, where others are tested.
     shots: numbers of images a class, or "all". seeds: of the training. limit, train_limit: so many test and training
-    images. options: method and recipe fields for every method, `method[NAME]` for one; train_attack: fields of the
-    training attack, and its name. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none:
-    clean alone.
-    paper, table: what it reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown,
-    missing or of the wrong type.
+    images. template: in the place of every set's own, as --template; several are averaged. options: method and recipe
+    fields for every method, `method[NAME]` for one; train_attack: fields of the training attack, and its name.
+    attacks: a dict each, `name`, `eps` (one or several) and other fields; name none: clean alone. paper, table: what it
+    reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown, missing or mistyped.
     """
 
     protocol: str
@@ -64,11 +65,13 @@ class Study:
     attack_seed: int = 0
     paper: str = ""
     table: str = ""
+    template: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         typed(vars(self))
         for name in (*LISTS, "attacks"):  # a list from TOML or Python is kept as a tuple
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "template", listed(self.template))
         object.__setattr__(self, "data", tuple(map(local, self.data)))
         object.__setattr__(self, "train_on", local(self.train_on))
         attacks = tuple({**each, "name": NONE if each["name"] is None else each["name"]} for each in self.attacks)
@@ -176,16 +179,15 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
     given = pairs(flags.get("options") or (), "study: -o")
     if flags.get("epochs") is not None and "epochs" in given:
         raise UserError("study: --epochs and -o epochs say the same; give one")
-    for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "backbone"):
+    for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "template", "backbone"):
         if flags.get(name) is not None:
             facts[name] = flags[name]
+    if flags.get("image_size") is not None:
+        facts["backbone"] = str(parse(f"{facts.get('backbone', Study.backbone)}@{flags['image_size']}"))
     if flags.get("shots"):
         facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
     if flags.get("train_attack"):
-        facts["train_attack"] = {
-            **facts.get("train_attack", {}),
-            **pairs(flags["train_attack"], "study: --train-attack"),
-        }
+        facts["train_attack"] = facts.get("train_attack", {}) | pairs(flags["train_attack"], "study: --train-attack")
     for key in [*given, *(["epochs"] if flags.get("epochs") is not None else [])]:
         for table in (options, *methods.values()):
             table.pop(key, None)
