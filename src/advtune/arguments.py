@@ -16,6 +16,8 @@ BACKBONE_HELP = (
     "mini, a folder (Hugging Face CLIP or SigLIP, open_clip), OpenAI's .pt, a hub id (openai/clip-vit-base-patch32, "
     "hf-hub:ID), with +FILE another image tower; or a run folder, to tune on top of an already robust tower"
 )
+TEMPLATE_HELP = "text template with one {{}} (default: {}); several, a .txt or `ensemble`: averaged"
+SIZE_HELP = "side of the backbone's images: positions interpolated"
 
 
 def build() -> Parser:
@@ -128,7 +130,9 @@ def _study(verbs: Any) -> None:
     p.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the papers')")
     p.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
     p.add_argument("--train-limit", type=int, metavar="N", help="only N training images, class-balanced")
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help=TEMPLATE_HELP.format("each set's"))
     p.add_argument("--backbone", metavar="B", help=BACKBONE_HELP + " (default: mini)")
+    p.add_argument("--image-size", type=int, metavar="N", help=SIZE_HELP)
     p.add_argument("--attack", nargs="+", metavar="NAME", help="of the evaluation; none: clean (default pgd)")
     p.add_argument("--eps", nargs="+", metavar="N/255", help="of the evaluation (default 1/255; eps-curve: 1 2 4 8)")
     p.add_argument("-a", dest="attack_options", action="append", metavar="KEY=VALUE",
@@ -165,7 +169,7 @@ def _machine(p: argparse.ArgumentParser, compile: bool = True) -> None:
 def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int | None = None) -> None:
     p.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     p.add_argument("--backbone", default=None, metavar="B", help=BACKBONE_HELP + " (default: mini)")
-    p.add_argument("--image-size", type=int, metavar="N", help="side of the backbone's images: positions interpolated")
+    p.add_argument("--image-size", type=int, metavar="N", help=SIZE_HELP)
     p.add_argument("-a", dest="attack_options", action="append", default=[], metavar="KEY=VALUE", help=attack_help)
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of shots, prompts and noise (default 0)")
     p.add_argument("--limit", type=images, default=limit, metavar="N",
@@ -175,8 +179,7 @@ def _shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int 
     p.add_argument("--subset", default="all", choices=("all", "base", "new"),
                    help="base: the first half of the classes, rounded up; new: the others (default all)")  # fmt: skip
     p.add_argument("--classes", metavar="JSON|NAMES", help="other class names: a JSON file, or names with commas")
-    p.add_argument("--template", action="append", metavar="TEXT|FILE", help="text template with one {} (default: the "
-                   "data set's); several, a .txt or `ensemble`: averaged")  # fmt: skip
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help=TEMPLATE_HELP.format("the data set's"))
     p.add_argument("--resolution", metavar="N|native", help="side of the attacked image (default: the model's)")
     p.add_argument("--on-bad-image", default="fail", choices=("fail", "skip"), help="on a corrupt image (default fail)")
     _machine(p)
@@ -249,8 +252,7 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="DIR|B", help="a run folder, or a backbone: mini, a folder, a hub id")
     p.add_argument("--classes", metavar="JSON|NAMES", help="class names: a JSON file, or names with commas "
                    "(default: those the run was tuned on)")  # fmt: skip
-    p.add_argument("--template", action="append", metavar="TEXT|FILE", help="text template with one {} (default: the "
-                   "run's); several, a .txt or `ensemble`: averaged")  # fmt: skip
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help=TEMPLATE_HELP.format("the run's"))
 
 
 def _serve(verbs: Any) -> None:
