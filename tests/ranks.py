@@ -13,6 +13,7 @@ import torch
 import advtune
 from advtune import checkpoint, cli, distributed, evaluation, train
 from advtune.attacks import PGD
+from advtune.edits import TextEdits
 from advtune.errors import UserError
 from advtune.methods import METHODS
 
@@ -34,6 +35,7 @@ EVALUATED = {
     "best": (PGD(EPS, 3), {}),
     "random start of the batch": (PGD(EPS, 2, keep="last", early_stop=False), {}),
     "behind noise": (PGD(EPS, 2), {"defence": "noise"}),
+    "class names": (TextEdits(alphabet="ab"), {}),
     "none": (None, {}),
 }
 
@@ -73,7 +75,7 @@ def flags(vlm, task, out, names=EVALUATED):
         row = evaluation.evaluate(
             vlm, task, attack, batch_size=5, checks=False, defence=defence, out=out, resume=True, show=False
         )
-        found[name] = row.flags
+        found[name] = row.flags | {stage["attack"]: json.dumps(stage | {"seconds": 0}) for stage in row.stages}
     return found
 
 

@@ -96,6 +96,7 @@ def test_two_processes_find_the_flags_of_one(name, both, vlm, task, tmp_path):
     assert one["flags"][name] == two["flags"][name] == alone
     assert len(alone["clean"]) == 12
     assert name == "none" or {"0", "1"} <= {*alone["clean"], *alone["robust"]}
+    assert name != "class names" or json.loads(alone["text"])["edits"]
 
 
 def test_only_the_first_process_writes_and_prints(both):

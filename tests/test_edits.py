@@ -1,5 +1,6 @@
 """The attack on class texts: what it may change, that it finds the worst of all, that it is scored as it was found."""
 
+import hashlib
 import itertools
 import json
 
@@ -58,6 +59,12 @@ def tuned(clip_folder, image_folder, tmp_path_factory):
 
 def found(row):
     return row.stages[0]["edits"]
+
+
+def labels(task):
+    """The class name of every test image."""
+    images = load_images(task, Split(part="test", resolution=16))
+    return [task.classes[c] for c in images.y.tolist()]
 
 
 def accuracy_with(model, task, texts):
@@ -128,6 +135,9 @@ def test_distance_is_kept_and_two_is_as_strong_as_one(tuned, task):
         assert all(c == "1" for c, r in zip(*(row.flags[x] for x in ("clean", "robust")), strict=True) if r == "1")
         assert row.attack["distance"] == k and row.attack["norm"] == "levenshtein" and "eps" not in row.attack
         assert row.stages[0]["attacked"] - row.stages[0]["fell"] == row.robust["correct"]
+        attacked = {name for name, flag in zip(labels(task), row.flags["clean"], strict=True) if flag == "1"}
+        once = sum(1 + len(edits(name, "ab")) for name in attacked)
+        assert row.stages[0]["tried"] == once or (k == 2 and row.stages[0]["tried"] > once)
         assert Row.from_json(row.to_json()) == row
     one, two = (row.robust["correct"] for row in rows)
     assert two <= one <= rows[0].clean["correct"]
@@ -148,6 +158,28 @@ def test_the_second_edit_reaches_further():
     # what is not allowed is no answer, but a way
     assert search(TextEdits(distance=2, alphabet="ab"), "aad", lambda t: t not in ("abd", "bad"), judge) == "bbd"
     assert search(TextEdits(distance=2, alphabet="ab"), "aad", lambda t: t != "bbd", judge) in ("abd", "bad")
+
+
+def test_a_wide_beam_finds_the_least_of_all_at_distance_two():
+    """Against every text within two edits, by keys that say nothing of the way."""
+    name, letters = "aba", "ab"
+
+    def key(text):
+        return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")), 0.0
+
+    whole = ["".join(t) for n in range(6) for t in itertools.product(letters, repeat=n)]
+    for k in (1, 2):
+        ball = [text for text in whole if levenshtein(name, text) <= k]
+        asked = []
+
+        def judge(texts, asked=asked):
+            asked.extend(texts)
+            return [(key(text), text) for text in texts]
+
+        found = search(TextEdits(distance=k, alphabet=letters, beam=1000, tries=10**6), name, bool, judge)
+        allowed = [text for text in ball if text]
+        assert found == min(allowed, key=key)
+        assert sorted(asked) == sorted(ball)  # each once, and none beyond
 
 
 def test_few_tries_go_where_a_probe_hurts_most():
@@ -251,7 +283,8 @@ def test_from_the_command_line_to_the_report(clip_folder, image_folder, tmp_path
         given = ["evaluate", "zero-shot", "--backbone", str(clip_folder), "--data", f"folder:{image_folder}"]
         given += ["--attack", "text", "-a", f"distance={k}", "-a", "alphabet=ab", "--out", str(tmp_path / name)]
         assert main(given) == 0
-        assert f"robust under text levenshtein distance={k}: " in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"robust under text levenshtein distance={k}: " in shown and " texts tried\n" in shown
     assert main(["report", str(tmp_path / "b")]) == 0
     shown = capsys.readouterr().out
     assert "text distance 1 ·" in shown and "text distance 2 ·" in shown

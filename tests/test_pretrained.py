@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import advtune
 from advtune.errors import UserError
 from advtune.formats.writing import write_pretrained
 from advtune.pretrained import fingerprint, read_pretrained
@@ -248,3 +249,31 @@ def test_a_damaged_tokenizer_is_one_line(folder):
     (folder / "tokenizer.json").write_text(text[: len(text) // 2])
     with pytest.raises(UserError, match="truncated or damaged"):
         read_pretrained(str(folder))
+
+
+def test_a_clip_of_openai_s_ids_without_a_tokenizer_takes_openai_s(tmp_path, monkeypatch):
+    """As the LEAF releases come: config.json and weights alone, to be read with the processor of their base."""
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    write_clip(whole, text=dict(vocab_size=49408))
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(whole / name, bare / name)
+    asked = []
+    monkeypatch.setattr("advtune.pretrained.download_tokenizer", lambda repo, place: asked.append(repo) or whole)
+    first, second = (advtune.load(str(place), "cpu", "fp32") for place in (whole, bare))
+    assert asked == ["openai/clip-vit-base-patch32"]
+    tokens = [model.tokens(("red", "green"), "a photo of a {}.") for model in (first, second)]
+    assert torch.equal(*tokens)
+    assert torch.equal(first.text_features(tokens[0]), second.text_features(tokens[1]))
+    digest = second.origin.sha256
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    with (other / "tokenizer.json").open("a") as file:  # another tokenizer is another backbone
+        file.write("\n")
+    monkeypatch.setattr("advtune.pretrained.download_tokenizer", lambda repo, place: other)
+    assert advtune.load(str(bare), "cpu", "fp32").origin.sha256 != digest
+    with pytest.raises(UserError, match="no tokenizer"):  # of other ids: nobody knows whose
+        write_clip(tmp_path / "tiny")
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            (tmp_path / "tiny" / name).unlink(missing_ok=True)
+        advtune.load(str(tmp_path / "tiny"), "cpu", "fp32")

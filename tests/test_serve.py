@@ -5,6 +5,7 @@ import io
 import re
 import socket
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 
 from advtune import runs
 from advtune.cli import main
+from advtune.data import load_task
+from advtune.data.templates import read_templates
 from advtune.demo import Entry
 from advtune.errors import UserError
 from advtune.serve import models, panels, play, server
@@ -91,6 +94,10 @@ def test_class_names():
         with pytest.raises(UserError, match="once"):
             play.check_template(text)
     assert play.check_template(" a  {}. ") == "a {}."
+    assert play.check_template("a {}  |  the {}") == "a {} | the {}"
+    for text in ("a {} | the {} {}", " | ".join(f"{i} {{}}" for i in range(play.TEMPLATES + 1))):
+        with pytest.raises(UserError, match=r"once|at most 10\."):
+            play.check_template(text)
 
 
 def test_the_attacks_on_offer():
@@ -202,6 +209,17 @@ def test_the_backbone_below_a_run_of_a_run(tuned, clip_folder, image_folder, tmp
     with pytest.raises(UserError, match="choose one of first, second"):
         shelf.pair("third")
     assert list(models.open_shelf(str(clip_folder)).pair(None)) == [f"Undefended {clip_folder.name}"]
+
+
+def test_templates_that_a_run_was_tuned_with_are_those_of_the_page(vlm, image_folder, tmp_path):
+    task = load_task(f"folder:{image_folder}", template=read_templates(["ensemble"]))
+    tune("tecoa", vlm, task, shots=1, epochs=1, out=tmp_path / "run", show=False)
+    shelf = models.open_shelf(str(tmp_path / "run"))
+    task = models.open_task(shelf)
+    assert play.check_template(models.around(task)) == models.around(task) == task.template
+    assert models.begin(shelf, task, models.examples(task)) >= 0
+    many = replace(task, template=" | ".join(f"{i} {{}}" for i in range(99)))
+    assert play.check_template(models.around(many)) == " | ".join(f"{i} {{}}" for i in range(play.TEMPLATES))
 
 
 def test_it_begins_with_pictures_of_the_run_that_it_names_rightly(tuned, image_folder):

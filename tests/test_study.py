@@ -16,6 +16,7 @@ from advtune import answers, cost, disk, grid, runs
 from advtune.attacks import PGD, AutoAttack
 from advtune.cli import main
 from advtune.data.catalog import catalog
+from advtune.edits import TextEdits
 from advtune.errors import UserError
 from advtune.protocols import PROTOCOLS, Run, Slice, slug
 from advtune.report import render
@@ -115,7 +116,7 @@ def test_a_key_changes_with_all_that_decides_the_model():
     run = Run("capt", "cifar10", (Slice("cifar10"),), (PGD(),), shots=4)
     changes = {
         "method": "apd", "data": "caltech101", "subset": "base", "part": "fit", "shots": 8, "seed": 1, "epochs": 3,
-        "limit": 7, "options": {"lam": 7.0}, "train_attack": {"eps": "8/255"}, "backbone": "other",
+        "limit": 7, "options": {"lam": 7.0}, "train_attack": {"eps": "8/255"}, "backbone": "other", "template": "a {}",
     }  # fmt: skip
     keys = [run.key, *(replace(run, **{name: value}).key for name, value in changes.items())]
     assert keys[0] == "cifar10/capt/4shots-seed0-55c52d7a7f"  # folders that are there are found again
@@ -497,6 +498,17 @@ REFUSED = {
     "table of no paper": ({"table": "few-shot"}, "is of no paper"),
     "curve in l2": ({"protocol": "eps-curve", "attacks": [{"name": "cw-l2"}]}, "a curve in l2 has no usual eps"),
     "curve": ({"protocol": "eps-curve", "attacks": [{"name": "none"}]}, "needs an attack"),
+    "curve over texts": ({"protocol": "eps-curve", "attacks": [{"name": "text"}]}, "needs an attack"),
+    "template": ({"template": ["a photo"]}, "exactly one {}"),
+    "template text": ({"template": "ensemble"}, 'template = ["ensemble"]'),
+    "template twice": ({"template": ["a {}", "a {}"]}, "given twice"),
+    "template file": ({"template": ["none.txt"]}, "cannot read none.txt"),
+    "no template": ({"template": [""]}, "exactly one {}"),
+    "ensemble of a learned text": ({"methods": ["tecoa", "coop"], "template": ["ensemble"]}, "coop learns a text"),
+    "ensemble of learned prompts": ({"methods": ["tecoa", "capt"], "template": ["ensemble"]}, "capt learns a text"),
+    "text eps": ({"attacks": [{"name": "text", "eps": "1/255"}]}, "attack text: no option eps"),
+    "text distance": ({"attacks": [{"name": "text", "distance": 0}]}, "write 1 or more"),
+    "text twice": ({"attacks": [{"name": "text"}, {"name": "text", "distance": 1}]}, "name the same thing twice"),
 }
 
 
@@ -526,6 +538,7 @@ def test_toml_reads_back(tmp_path):
         "transfer", train_on="imagenet", shots=[1, "all"], backbone='a "quoted" \\ näme', limit=5, epochs=2,
         options={"lr": 0.01, "augment": False}, method={"tecoa": {"warmup": 3}}, train_attack={"eps": "1/255"},
         attacks=[{"name": "pgd", "eps": ["1/255", 0.5], "steps": 3}, {"name": "none"}], paper="fap", table="few-shot",
+        template=["a {}", "the {}"],
     )  # fmt: skip
     path = tmp_path / "study.toml"
     path.write_text(write(study), encoding="utf-8")
@@ -595,6 +608,67 @@ def test_clean_alone_may_be_none_in_python(study, tmp_path):
     assert from_facts(tomllib.loads(write(study))) == study
     for _ in range(2):
         assert len(run_study(study, tmp_path, show=False).rows) == 1
+
+
+def test_class_names_are_attacked_in_a_study_too(study, calls, tmp_path, capsys):
+    """Beside images or alone, at two distances, once, and as by hand."""
+    words = [{"name": "text", "alphabet": "ab", "distance": k} for k in (1, 2)]
+    asked = replace(study, attacks=(QUICK, *words))
+    outcome = run_study(asked, tmp_path / "out", show=False)
+    assert not outcome.failed
+    assert [row.attack.get("distance") for row in outcome.rows] == [None, 1, 2] * 2
+    assert [attack.name for attack in plan(from_facts(read_toml(tmp_path / "out" / "study.toml")))[0].attacks] == [
+        "pgd", "text", "text",
+    ]  # fmt: skip
+    calls.clear()
+    again = run_study(asked, tmp_path / "out", show=False)
+    assert (calls, again.skipped, again.rows) == ([], 2, outcome.rows)
+    for row in outcome.rows[1::3]:
+        model = advtune.load(row.run or study.backbone, "cpu", row.precision)
+        by_hand = advtune.evaluate(model, row.data["spec"], TextEdits(alphabet="ab"), show=False)
+        assert (by_hand.flags, by_hand.stages[0]["edits"]) == (row.flags, row.stages[0]["edits"])
+    images = cost.evaluation([(Slice(study.data[0]), [TextEdits()])], {})
+    assert images == cost.evaluation([(Slice(study.data[0]), [None])], {}) != (0, 0)  # its texts are not counted
+    given = ["--methods", "zero-shot", "--data", *study.data, "--backbone", study.backbone, "--attack", "pgd", "text"]
+    given += ["-a", "distance=2", "-a", "steps=3", "--eps", "1/255"]
+    found = from_flags({"study": "few-shot", "methods": ["zero-shot"], "data": study.data, "attack": ["pgd", "text"],
+                        "attack_options": ["distance=2", "steps=3"], "eps": ["1/255"]}).evaluation()  # fmt: skip
+    assert [(type(each), getattr(each, "steps", None)) for each in found] == [(PGD, 3), (TextEdits, None)]
+    assert found[1] == TextEdits(distance=2)
+    assert main(["study", "few-shot", *given, "--dry-run"]) == 0
+    assert "the texts\nthat the attack text tries" in capsys.readouterr().out
+    assert main(["study", "few-shot", *given[:-2], "--attack", "text", "--eps", "1/255", "--dry-run"]) == 2
+    assert "--eps goes with an attack on images" in capsys.readouterr().err
+
+
+def test_templates_of_a_study_stand_for_those_of_the_sets(study, calls, tmp_path):
+    """One or several, tuned and tested with; other templates are other runs; the study keeps what a file said."""
+    file = tmp_path / "texts.txt"
+    file.write_text("a {} thing\nthe {}\n")
+    asked = replace(study, template=(str(file),))
+    outcome = run_study(asked, tmp_path / "out", show=False)
+    assert not outcome.failed
+    assert {row.data["template"] for row in outcome.rows} == {"a {} thing | the {}"}
+    assert {row.train["template"] for row in outcome.rows if row.train} == {"a {} thing | the {}"}
+    file.write_text("another {}\n")
+    calls.clear()
+    kept = from_facts(read_toml(tmp_path / "out" / "study.toml"))
+    assert kept.template == ("a {} thing", "the {}")
+    assert (run_study(kept, tmp_path / "out", show=False).rows, calls) == (outcome.rows, [])
+    keys = [{run.key for run in plan(replace(study, template=t))} for t in ((), ("the {}",), ("a {}", "the {}"))]
+    assert len(set.union(*keys)) == 6
+    assert keys[0] == {run.key for run in plan(study)}  # a folder that was made before stays known
+    image_side = {"methods": ["ivlp"], "options": {"text_tokens": 0}, "template": ("a {}", "the {}")}
+    assert plan(small(**image_side))
+
+
+def test_flags_of_words_and_side():
+    flags = {"study": "few-shot", "methods": ["zero-shot"], "data": ["cifar10"], "template": ["a {}", "the {}"]}
+    found = from_flags(flags | {"image_size": 96})
+    assert (found.template, found.backbone) == (("a {}", "the {}"), "mini@96")
+    assert from_flags(flags | {"image_size": 96, "backbone": "openai/clip-vit-base-patch32"}).backbone.endswith("32@96")
+    with pytest.raises(UserError, match="a side of 0 pixels"):
+        from_flags(flags | {"image_size": 0})
 
 
 def test_the_verb(images, clip_folder, tmp_path, capsys, calls):

@@ -42,7 +42,7 @@ laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K  150M   224              MIT
 laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K  428M   224              MIT
 hf-hub:apple/DFN2B-CLIP-ViT-B-16           150M   224              Apple AMLR
 hf-hub:apple/DFN2B-CLIP-ViT-L-14           428M   224              Apple AMLR
-hf-hub:apple/DFN5B-CLIP-ViT-H-14           986M   224              ?
+hf-hub:apple/DFN5B-CLIP-ViT-H-14           986M   224              Apple AMLR
 hf-hub:apple/DFN5B-CLIP-ViT-H-14-378       987M   378              Apple AMLR
 facebook/metaclip-b32-400m                 151M   224              CC BY-NC 4.0
 facebook/metaclip-b32-fullcc2.5b           151M   224              CC BY-NC 4.0
@@ -64,14 +64,19 @@ hf-hub:chs20/fare2-clip                    428M   224  linf 2/255  MIT
 hf-hub:chs20/fare4-clip                    428M   224  linf 4/255  MIT
 hf-hub:chs20/tecoa2-clip                   428M   224  linf 2/255  MIT
 hf-hub:chs20/tecoa4-clip                   428M   224  linf 4/255  MIT
-chs20/FARE4-ViT-B-32-laion2B-s34B-b79K     151M   224  linf 4/255  ?
-chs20/FARE4-ViT-B-16-laion2B-s34B-b88K     150M   224  linf 4/255  ?
-chs20/TeCoA4-ViT-B-32-laion2B-s34B-b79K    151M   224  linf 4/255  ?
-chs20/TeCoA4-ViT-B-16-laion2B-s34B-b88K    150M   224  linf 4/255  ?
+hf-hub:chs20/FARE4-ViT-B-32-laion2B-s34B-b79K  151M   224  linf 4/255  ?
+hf-hub:chs20/FARE4-ViT-B-16-laion2B-s34B-b88K  150M   224  linf 4/255  MIT
+hf-hub:chs20/TeCoA4-ViT-B-32-laion2B-s34B-b79K  151M   224  linf 4/255  MIT
+hf-hub:chs20/TeCoA4-ViT-B-16-laion2B-s34B-b88K  150M   224  linf 4/255  MIT
+LEAF-CLIP/CLIP-ViT-L-FARE2                 428M   224  linf 2/255  MIT
+LEAF-CLIP/CLIP-ViT-L-rho50-k1-constrained-FARE2  428M   224  linf 2/255  ?
+LEAF-CLIP/OpenCLIP-ViT-H-FARE2             986M   224  linf 2/255  MIT
+LEAF-CLIP/OpenCLIP-ViT-H-rho50-k1-constrained-FARE2  986M   224  linf 2/255  ?
 Size: parameters of both towers. px: side of its images. Robust: what its image
-tower was tuned to withstand. ?: not known. Source: the hub, from the owner
-before the slash; mini is embedded, a small stand-in, not OpenAI CLIP, for
-non-commercial research; a .pt is OpenAI's file, given by its path.
+tower was tuned to withstand; with k1 in the name its text tower, too, edits of
+one character. ?: not known. Source: the hub, from the owner before the slash;
+mini is embedded, a small stand-in, not OpenAI CLIP, for non-commercial
+research; a .pt is OpenAI's file, given by its path.
 On trust: none of the others could be downloaded by us. Sizes are counted from
 the published shapes, licences are those that the cards were seen to state.
 Also folders, other files and run folders (docs/backbones.md). What one is, and

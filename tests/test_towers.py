@@ -29,6 +29,7 @@ OTHER = {
     ("guided", "trainable=image-tower"): "image tower",
 }  # what it trains
 ROWS = [*((name, ()) for name in METHODS), *((name, (option,)) for name, option in OTHER)]
+TUNED = [row for row in ROWS if row[0] != "zero-shot"]
 REASONS = [
     "image prompts are tokens, and this backbone's image tower is a ResNet, which has none",
     "low-rank updates are of a transformer's layers, and this backbone's image tower is a ResNet",
@@ -123,6 +124,38 @@ def test_two_steps(kind, name, options):
     assert bool(moved) == (name != "zero-shot")
     # Of a tower every part learns but key biases, which no softmax sees, and what stands behind a unit that is off.
     assert len(moved) >= 0.9 * len(trainable)
+
+
+@pytest.mark.parametrize(("name", "options"), TUNED, ids=lambda value: value if isinstance(value, str) else "")
+def test_no_loss_of_a_method_knows_the_sigmoid_s_bias(name, options):
+    """On SigLIP, attack and loss and what learns from it are the same with another bias: of the softmax over classes
+    that a method takes, it falls out."""
+    vlm = backbone("ViT, attention pool, sigmoid (SigLIP)")
+    method, _, attack = configure(name, options)
+    x, y = torch.rand(3, 3, vlm.side, vlm.side, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    own, found = vlm.clip.logit_bias.detach().clone(), []
+    assert float(own) < -1
+    for bias in (own, own + 5):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            vlm.clip.logit_bias.data.copy_(bias)
+            try:
+                models = method.setup(vlm, TASK, 0)
+                batch = Batch(x, y, {key: model.tokens(TASK.classes, TASK.template) for key, model in models.items()})
+                prepare = getattr(method, "prepare", None)
+                batch = replace(batch, kept=prepare(models, batch, attack) if prepare else {})
+                terms = method.loss(models, batch, attack)
+                learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+                slopes = torch.autograd.grad(sum(terms.values()), learning, allow_unused=True) if learning else ()
+            finally:
+                vlm.clip.logit_bias.data.copy_(own)
+        found.append(({term: float(value.detach()) for term, value in terms.items()}, slopes))
+    (first, ones), (second, others) = found
+    assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+    for one, other in zip(ones, others, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * (1 + float(one.abs().max())))
 
 
 def number(reason):

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from advtune.examples import COMPLETION, EXPORT
-from advtune.flags import BACKBONE_HELP, DATA_HELP, machine
+from advtune.flags import BACKBONE_HELP, DATA_HELP, TEMPLATE_HELP, machine
 
 
 def report(verbs: Any) -> None:
@@ -96,8 +96,7 @@ def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="DIR|B", help="a run folder, or a backbone: mini, a folder, a hub id")
     p.add_argument("--classes", metavar="JSON|NAMES", help="class names: a JSON file, or names with commas "
                    "(default: those the run was tuned on)")  # fmt: skip
-    p.add_argument("--template", action="append", metavar="TEXT|FILE", help="text template with one {} (default: the "
-                   "run's); several, a .txt or `ensemble`: averaged")  # fmt: skip
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help=TEMPLATE_HELP.format("the run's"))
 
 
 def serve(verbs: Any) -> None:

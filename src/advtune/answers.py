@@ -46,8 +46,10 @@ def missing(run: Run, have: Sequence[Row]) -> Todo:
 def answers(row: Row, run: Run, test: Slice, attack: Any) -> bool:
     """Whether a row is this evaluation: the whole slice and every field of the attack, its seed included."""
     facts = None if attack is None else plain({**attack_facts(attack), "seed": run.attack_seed})
-    same = plain(row.attack) == facts and row.threat == ("" if attack is None else WHITE_BOX)
-    return same and is_slice(row.data, row, spec=test.data, subset=test.subset, part=test.part, limit=test.limit)
+    same = plain(row.attack) == facts and row.threat == ("" if attack is None else getattr(attack, "threat", WHITE_BOX))
+    return same and is_slice(
+        row.data, row, run.template, spec=test.data, subset=test.subset, part=test.part, limit=test.limit
+    )
 
 
 def tuned_as(row: Row, run: Run) -> bool:
@@ -58,14 +60,17 @@ def tuned_as(row: Row, run: Run) -> bool:
     facts, train = (run.method, as_options(method), as_options(recipe)), row.train or {}
     same = facts == (row.method, row.options, row.recipe) and plain(attack_facts(attack)) == plain(train.get("attack"))
     return same and train["seed"] == run.seed and is_slice(
-        train, row, spec=run.data, subset=run.subset, part=run.part, shots=run.shots, limit=run.limit
+        train, row, run.template, spec=run.data, subset=run.subset, part=run.part, shots=run.shots, limit=run.limit
     )  # fmt: skip
 
 
-def is_slice(facts: Mapping[str, Any], row: Row, *, spec: str, shots: int | None = None, **wanted: Any) -> bool:
-    """Whether a row's facts are of this slice as a study takes it: the set's own template, the model's resolution,
-    every image."""
-    wanted |= {"spec": spec, "shots": shots, "template": entry(spec)["template"] if spec in names() else TEMPLATE}
+def is_slice(
+    facts: Mapping[str, Any], row: Row, template: str, *, spec: str, shots: int | None = None, **wanted: Any
+) -> bool:
+    """Whether a row's facts are of this slice as a study takes it: the template, or the set's own, the model's
+    resolution, every image."""
+    own = entry(spec)["template"] if spec in names() else TEMPLATE
+    wanted |= {"spec": spec, "shots": shots, "template": template or own}
     wanted |= {"resolution": row.backbone["image_size"], "skipped": []}
     return wanted == {key: facts.get(key, "all" if key == "subset" else None) for key in wanted}
 

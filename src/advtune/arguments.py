@@ -9,7 +9,7 @@ import advtune
 from advtune import after
 from advtune.engines import flags as engines
 from advtune.examples import AUDIT, DESCRIPTION, EPILOG, EXAMPLES, STUDY
-from advtune.flags import BACKBONE_HELP, DATA_HELP, machine, shared
+from advtune.flags import BACKBONE_HELP, DATA_HELP, SIZE_HELP, TEMPLATE_HELP, machine, shared
 from advtune.parsing import Parser
 
 
@@ -124,7 +124,9 @@ def _study(verbs: Any) -> None:
     p.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the papers')")
     p.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
     p.add_argument("--train-limit", type=int, metavar="N", help="only N training images, class-balanced")
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help=TEMPLATE_HELP.format("each set's"))
     p.add_argument("--backbone", metavar="B", help=BACKBONE_HELP + " (default: mini)")
+    p.add_argument("--image-size", type=int, metavar="N", help=SIZE_HELP)
     p.add_argument("--attack", nargs="+", metavar="NAME", help="of the evaluation; none: clean (default pgd)")
     p.add_argument("--eps", nargs="+", metavar="N/255", help="of the evaluation (default 1/255; eps-curve: 1 2 4 8)")
     p.add_argument("-a", dest="attack_options", action="append", metavar="KEY=VALUE",

@@ -21,6 +21,7 @@ from advtune.attacks import PGD, Attack
 from advtune.data import Task, load_task
 from advtune.data.catalog import entry as facts_of
 from advtune.data.catalog import names
+from advtune.edits import TEXTUAL
 from advtune.errors import UserError
 from advtune.progress import clock
 from advtune.protocols import ZERO_SHOT, Run
@@ -124,6 +125,8 @@ def evaluation(todo: Todo, sizes: dict[Any, Any]) -> tuple[float, float] | None:
 
 def attacked(attack: Any) -> tuple[float, float]:
     """(forwards, gradients) that an attack takes for an image that withstands it."""
+    if attack.name in TEXTUAL:
+        return 0.0, 0.0  # its images are those of the clean accuracy; texts are not counted
     if hasattr(attack, "stages"):
         each = [attacked(stage) for stage in attack.stages()]
         return sum(f for f, _ in each), sum(g for _, g in each)
@@ -242,8 +245,8 @@ def drawn(found: Sequence[Cost], speed: tuple[float, float] | None, reason: str)
         lines.append(f"{words}: {number(sum(known) if known or not left else None)}{unknown}")
     lines += [
         "Train, Evaluate: thousands of images through the backbone, forwards + gradients. Worst case: every image",
-        f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Text towers that learn, and the",
-        "weights' gradients beside the image's, are not counted.",
+        f"withstands every attack. Typical: an evaluation takes 1/{TYPICAL} of that. Text towers that learn, the texts",
+        "that the attack text tries, and the weights' gradients beside the image's, are not counted.",
     ]
     if speed:
         lines.append(f"Timed here: {1e3 * speed[0]:.2f} ms a forward, {1e3 * speed[1]:.2f} ms a gradient, an image.")

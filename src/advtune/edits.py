@@ -176,15 +176,18 @@ def keys_of(z: Tensor, others: Tensor, right: Tensor, loss: str) -> list[Key]:
     return list(zip(total.tolist(), count.tolist(), strict=True))
 
 
-def attack_class(s: Setting, attack: TextEdits, c: int, features: Tensor, z: Tensor) -> tuple[str, Tensor, Tensor]:
-    """The text found for class number c, whether its images are right as they are, and with it [n]: unit vectors
-    [n, D], logits [n, C]."""
+def attack_class(
+    s: Setting, attack: TextEdits, c: int, features: Tensor, z: Tensor
+) -> tuple[str, Tensor, Tensor, int]:  # fmt: skip
+    """The text found for class number c, whether its images are right as they are, and with it [n], and how many texts
+    were tried: unit vectors [n, D], logits [n, C]."""
     name, template, model = s.task.classes[c], s.task.template, one_class(s.model, c)
     right = z.argmax(1) == c
-    others = torch.cat([z[:, :c], z[:, c + 1 :]], 1)
+    others, tried = torch.cat([z[:, :c], z[:, c + 1 :]], 1), 0
 
     def judge(texts: Sequence[str]) -> list[tuple[Key, str]]:
-        found = []
+        nonlocal tried
+        tried, found = tried + len(texts), []
         for begin in range(0, len(texts), AT_ONCE):
             kept, logits = logits_of(model, template, features, texts[begin : begin + AT_ONCE])
             found += list(zip(keys_of(logits, others, right, attack.loss), kept, strict=True))
@@ -192,9 +195,9 @@ def attack_class(s: Setting, attack: TextEdits, c: int, features: Tensor, z: Ten
 
     text = search(attack, name, rule(attack, s.model, s.task.classes, c), judge) if bool(right.any()) else name
     if text == name:
-        return name, right, right
+        return name, right, right, tried
     edited = logits_of(model, template, features, [text])[1].squeeze(1)
-    return text, right, right & (edited > others.amax(1))
+    return text, right, right & (edited > others.amax(1)), tried
 
 
 @torch.no_grad()
@@ -203,14 +206,14 @@ def withstand_edits(s: Setting, attack: TextEdits, features: Tensor, compare: Cl
     all images and what makes logits of them. Several processes take the classes in turn."""
     begin, y, count = time.monotonic(), s.images.y, len(s.task.classes)
 
-    def work() -> dict[int, tuple[str, Tensor, Tensor]]:
+    def work() -> dict[int, tuple[str, Tensor, Tensor, int]]:
         found = {}
         with progress("texts", count, "name", s.show) as advance:
             for c in range(distributed.rank(), count, distributed.world()):
                 own = features[y == c].to(s.model.device)
                 if len(own):
-                    text, right, still = attack_class(s, attack, c, own, compare(own))
-                    found[c] = (text, right.cpu(), still.cpu())
+                    text, right, still, tried = attack_class(s, attack, c, own, compare(own))
+                    found[c] = (text, right.cpu(), still.cpu(), tried)
                 advance(min(distributed.world(), count - c))
         return found
 
@@ -218,10 +221,11 @@ def withstand_edits(s: Setting, attack: TextEdits, features: Tensor, compare: Cl
     changes: dict[str, str] = {}
     done = {c: each for share in distributed.attempt(work) for c, each in share.items()}
     for c in sorted(done):
-        text, clean[y == c], stands[y == c] = done[c]
+        text, clean[y == c], stands[y == c], _ = done[c]
         changes |= {} if text == s.task.classes[c] else {s.task.classes[c]: text}
     stage = {
         "attack": attack.name, "attacked": int(clean.sum()), "fell": int((clean & ~stands).sum()),
-        "seconds": round(time.monotonic() - begin, 2), "edits": changes,
+        "seconds": round(time.monotonic() - begin, 2), "tried": sum(tried for *_, tried in done.values()),
+        "edits": changes,
     }  # fmt: skip
     return clean, Outcome(stands, {}, [stage])

@@ -9,6 +9,8 @@ BACKBONE_HELP = (
     "mini, a folder (Hugging Face CLIP or SigLIP, open_clip), OpenAI's .pt, a hub id (openai/clip-vit-base-patch32, "
     "hf-hub:ID), with +FILE another image tower; or a run folder, to tune on top of an already robust tower"
 )
+TEMPLATE_HELP = "text template with one {{}} (default: {}); several, a .txt or `ensemble`: averaged"
+SIZE_HELP = "side of the backbone's images: positions interpolated"
 
 
 def images(text: str) -> int | None:
@@ -32,7 +34,7 @@ def shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int |
     """What train, evaluate and audit take: a backbone, the data, which part of it, an attack, the machine."""
     p.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
     p.add_argument("--backbone", default=None, metavar="B", help=BACKBONE_HELP + " (default: mini)")
-    p.add_argument("--image-size", type=int, metavar="N", help="side of the backbone's images: positions interpolated")
+    p.add_argument("--image-size", type=int, metavar="N", help=SIZE_HELP)
     p.add_argument("-a", dest="attack_options", action="append", default=[], metavar="KEY=VALUE", help=attack_help)
     p.add_argument("--seed", type=int, default=0, metavar="S", help="seed of shots, prompts and noise (default 0)")
     p.add_argument("--limit", type=images, default=limit, metavar="N",
@@ -42,8 +44,7 @@ def shared(p: argparse.ArgumentParser, part: str, attack_help: str, limit: int |
     p.add_argument("--subset", default="all", choices=("all", "base", "new"),
                    help="base: the first half of the classes, rounded up; new: the others (default all)")  # fmt: skip
     p.add_argument("--classes", metavar="JSON|NAMES", help="other class names: a JSON file, or names with commas")
-    p.add_argument("--template", action="append", metavar="TEXT|FILE", help="text template with one {} (default: the "
-                   "data set's); several, a .txt or `ensemble`: averaged")  # fmt: skip
+    p.add_argument("--template", action="append", metavar="TEXT|FILE", help=TEMPLATE_HELP.format("the data set's"))
     p.add_argument("--resolution", metavar="N|native", help="side of the attacked image (default: the model's)")
     p.add_argument("--on-bad-image", default="fail", choices=("fail", "skip"), help="on a corrupt image (default fail)")
     machine(p)

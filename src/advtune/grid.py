@@ -58,7 +58,7 @@ class Bench:
     show: bool = True
     compile: bool = False
     models: dict[str, VLM] = field(default_factory=dict)
-    tasks: dict[tuple[str, str], Task] = field(default_factory=dict)
+    tasks: dict[tuple[str, ...], Task] = field(default_factory=dict)
     contents: dict[str, tuple[str, Path | str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,10 +70,11 @@ class Bench:
             self.models[name] = runs.load(name, self.device, self.precision, self.compile)
         return self.models[name]
 
-    def task(self, spec: str, subset: str) -> Task:
-        if (spec, subset) not in self.tasks:
-            self.tasks[spec, subset] = load_task(spec, subset=subset)
-        return self.tasks[spec, subset]
+    def task(self, spec: str, subset: str, template: str = "") -> Task:
+        key = (spec, subset, template)
+        if key not in self.tasks:
+            self.tasks[key] = load_task(spec, subset=subset, template=template or None)
+        return self.tasks[key]
 
     def rows(self, run: Run) -> list[Row]:
         """The rows that answer a run. Raises UserError when they are not of what the study's others are of."""
@@ -211,9 +212,9 @@ def tuned(run: Run, bench: Bench) -> VLM:
     bench.agree(run, {f"backbone {run.backbone}": model.origin.sha256, "precision": model.precision})
     if run.method != ZERO_SHOT:
         model = tune(
-            run.method, model, bench.task(run.data, run.subset), shots=run.shots, seed=run.seed, epochs=run.epochs,
-            options=run.options, attack=run.train_attack, part=run.part, limit=run.limit, out=bench.out / run.key,
-            resume=True, show=bench.show and sys.stderr.isatty(),
+            run.method, model, bench.task(run.data, run.subset, run.template), shots=run.shots, seed=run.seed,
+            epochs=run.epochs, options=run.options, attack=run.train_attack, part=run.part, limit=run.limit,
+            out=bench.out / run.key, resume=True, show=bench.show and sys.stderr.isatty(),
         )  # fmt: skip
     bench.agree(run, {f"model of {run.key}": model.origin.sha256})
     return model
@@ -221,7 +222,7 @@ def tuned(run: Run, bench: Bench) -> VLM:
 
 def evaluated(run: Run, test: Slice, attacks: list[Any], model: VLM, bench: Bench) -> list[Row]:
     return evaluate_all(
-        model, bench.task(test.data, test.subset), attacks, part=test.part, limit=test.limit,
+        model, bench.task(test.data, test.subset, run.template), attacks, part=test.part, limit=test.limit,
         batch_size=bench.batch_size, seed=run.attack_seed, resume=True, show=bench.show and sys.stderr.isatty(),
     )  # fmt: skip
 

@@ -15,15 +15,17 @@ BACKBONES: dict[str, dict[str, Any]] = json.loads(
 )
 HUB_BACKBONES = [name for name, facts in BACKBONES.items() if facts["where"] == "hub"]
 COLUMNS = ["Name", "Size", "px", "Robust", "Licence"]
+NAME = 41  # letters of a name's column: a longer one moves the rest of its own line, so that all fit 80
 
 END = {
     "methods": "† reconstructed: no public source gives it; our choice, see docs/log.md",
     "attacks": "transfer: any of these but autoattack, with --source MODEL: the images are made on that model",
     "backbones": """\
 Size: parameters of both towers. px: side of its images. Robust: what its image
-tower was tuned to withstand. ?: not known. Source: the hub, from the owner
-before the slash; mini is embedded, a small stand-in, not OpenAI CLIP, for
-non-commercial research; a .pt is OpenAI's file, given by its path.
+tower was tuned to withstand; with k1 in the name its text tower, too, edits of
+one character. ?: not known. Source: the hub, from the owner before the slash;
+mini is embedded, a small stand-in, not OpenAI CLIP, for non-commercial
+research; a .pt is OpenAI's file, given by its path.
 On trust: none of the others could be downloaded by us. Sizes are counted from
 the published shapes, licences are those that the cards were seen to state.
 Also folders, other files and run folders (docs/backbones.md). What one is, and
@@ -127,7 +129,7 @@ def show(what: str, facts: list[dict[str, Any]]) -> None:
         console.print(END["data"], soft_wrap=True)
     elif what == "backbones":
         rows = [COLUMNS, *map(backbone_row, facts)]
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        wide = [NAME, *(max(map(len, column)) for column in zip(*[row[1:] for row in rows], strict=True))]
         for row in rows:
             line = "  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True))
             console.print(line.rstrip(), markup=False, soft_wrap=True)

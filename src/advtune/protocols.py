@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from advtune.attacks import ATTACKS, Attack, check_measures
 from advtune.data.task import OPENERS
+from advtune.data.templates import BETWEEN, parts
+from advtune.edits import TEXTUAL
 from advtune.errors import UserError, near
 from advtune.methods import METHODS, configure
 from advtune.options import as_options, fill
@@ -26,6 +28,7 @@ ZERO_SHOT, NONE = "zero-shot", "none"  # a method that trains nothing; the attac
 CURVE = ["1/255", "2/255", "4/255", "8/255"]
 FEW = (1, 2, 4, 8, 16, None)  # None: all images
 USUAL = (16,)
+TEXTS = ("text context", "prompts in both towers")  # what methods train where they learn a text prompt
 # What prompts tuned on ImageNet are tested on (Zhou et al., arXiv:2203.05557).
 CROSS = ("caltech101", "oxford-pets", "stanford-cars", "flowers102", "food101", "fgvc-aircraft", "sun397", "dtd",
          "eurosat", "ucf101")  # fmt: skip
@@ -55,7 +58,7 @@ class Run:
     shots: images a class, none for all. options: fields of the method and its recipe; train_attack: of the training
     attack. curve: the attacks differ in eps alone and run as one, so that what fell at a smaller eps stays fallen.
     seed is the training's, attack_seed the evaluation's. label names the folder in the method's
-    place: equal settings under two labels are two runs.
+    place: equal settings under two labels are two runs. template: in the place of every set's own.
     """
 
     method: str
@@ -74,6 +77,7 @@ class Run:
     curve: bool = False
     attack_seed: int = 0
     label: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
         for name in ("data", "backbone"):
@@ -83,6 +87,7 @@ class Run:
         """All that decides the tuned model, defaults filled in, JSON-ready. Raises UserError for options that do
         not exist or do not fit."""
         facts: dict[str, Any] = {"method": self.method, "backbone": self.backbone, "data": self.data}
+        facts |= {"template": self.template} if self.template else {}  # older folders' keys have none
         if self.method == ZERO_SHOT:
             return facts | {"subset": self.subset}  # where it stands; nothing is tuned
         method, recipe, attack = self.configured()
@@ -132,16 +137,20 @@ def slug(text: str) -> str:
 
 def attacks_of(facts: Mapping[str, Any], curve: bool = False) -> list[Any]:
     """The attacks of one entry of a study: {"name": "pgd", "eps": ["1/255", "4/255"], "steps": 100}, ascending; what
-    it does not say is the attack's default, and a curve's eps CURVE. Raises UserError for what does not fit."""
+    it does not say is the attack's default, and a curve's eps CURVE. One on class texts has no eps. Raises UserError
+    for what does not fit."""
     name, what = facts["name"], f"attack {facts['name']}"
     if name == NONE:
         if len(facts) > 1:
             raise UserError("study: the attack none is clean accuracy alone and has no options; leave them out")
         return [None]
     check_measures(name)
-    if name not in ATTACKS:
-        raise UserError(f"study: unknown attack {name!r}; {near(name, ATTACKS)}")
-    one = fill(ATTACKS[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)
+    known = ATTACKS | TEXTUAL
+    if name not in known:
+        raise UserError(f"study: unknown attack {name!r}; {near(name, known)}")
+    if name in TEXTUAL:
+        return [fill(known[name], {key: value for key, value in facts.items() if key != "name"}, what)]
+    one = fill(known[name], {key: value for key, value in facts.items() if key not in ("name", "eps")}, what)
     if curve and "eps" not in facts and one.norm != "linf":
         raise UserError(f"study: {what}: a curve in {one.norm} has no usual eps; give several, as 0.25 0.5 1")
     radii = facts.get("eps", CURVE if curve else one.eps)
@@ -206,8 +215,17 @@ def runs(study: Study, data: str, tests: Sequence[str | Slice], shots: Sequence[
                 "train_attack": study.train_attack if attacks_in_training(method) else {},
             }  # fmt: skip
             common = {"backbone": study.backbone, "attack_seed": study.attack_seed, **how}
+            common |= {"template": BETWEEN.join(study.template)}
             found.append(Run(method, data, where, study.evaluation(), **common, **(what if tuned else {})))
+            check_template(found[-1])
     return found
+
+
+def check_template(run: Run) -> None:
+    """Raises UserError for several templates where a text prompt or context is learned."""
+    learns = METHODS[run.method].trains.startswith(TEXTS) and run.settings()["options"].get("text_tokens", 1)
+    if learns and len(parts(run.template)) > 1:
+        raise UserError(f"study: {run.method} learns a text prompt, which goes with one template; give one")
 
 
 def attacks_in_training(method: str) -> bool:

@@ -13,7 +13,10 @@ from typing import Any
 from advtune.attacks import ATTACKS
 from advtune.data.catalog import names
 from advtune.data.task import FORMS, OPENERS
+from advtune.data.templates import listed
+from advtune.edits import TEXTUAL
 from advtune.errors import UserError, near
+from advtune.formats.spec import parse
 from advtune.grid import Bench, Engine, Outcome, alone, in_turn, through
 from advtune.methods import METHODS
 from advtune.options import as_options, pairs
@@ -24,7 +27,7 @@ from advtune.untrusted import read_bytes
 
 FILE = "study.toml"
 ATTACK: dict[str, Any] = {"name": "pgd", "steps": 100}
-LISTS = {"methods": str, "data": str, "shots": int, "seeds": int}
+LISTS = {"methods": str, "data": str, "shots": int, "seeds": int, "template": str}
 SINGLE = {
     "protocol": str, "train_on": str, "backbone": str, "paper": str, "table": str,
     "epochs": int, "limit": int, "train_limit": int, "attack_seed": int,
@@ -39,11 +42,10 @@ class Study:
 
     methods, data: names of `advtune list`, or data specs. train_on: the set tuned on, where others are tested.
     shots: numbers of images a class, or "all". seeds: of the training. limit, train_limit: so many test and training
-    images. options: method and recipe fields for every method, `method[NAME]` for one; train_attack: fields of the
-    training attack, and its name. attacks: a dict each, `name`, `eps` (one or several) and other fields; name none:
-    clean alone.
-    paper, table: what it reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown,
-    missing or of the wrong type.
+    images. template: in the place of every set's own, as --template; several are averaged. options: method and recipe
+    fields for every method, `method[NAME]` for one; train_attack: fields of the training attack, and its name.
+    attacks: a dict each, `name`, `eps` (one or several) and other fields; name none: clean alone. paper, table: what it
+    reproduces, of `advtune report --against`. Raises UserError, one line, for what is unknown, missing or mistyped.
     """
 
     protocol: str
@@ -63,11 +65,13 @@ class Study:
     attack_seed: int = 0
     paper: str = ""
     table: str = ""
+    template: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         typed(vars(self))
         for name in (*LISTS, "attacks"):  # a list from TOML or Python is kept as a tuple
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "template", listed(self.template))
         object.__setattr__(self, "data", tuple(map(local, self.data)))
         object.__setattr__(self, "train_on", local(self.train_on))
         attacks = tuple({**each, "name": NONE if each["name"] is None else each["name"]} for each in self.attacks)
@@ -140,7 +144,7 @@ def check(study: Study) -> None:
         raise UserError(f"study: {study.protocol} tunes on each set of data; leave train_on out")
     if study.protocol == "eps-curve" and len(study.attacks) > 1:
         raise UserError("study: eps-curve takes one attack with several eps; make a study for each attack")
-    if study.protocol == "eps-curve" and None in study.evaluation():
+    if study.protocol == "eps-curve" and not all(hasattr(attack, "eps") for attack in study.evaluation()):
         raise UserError('study: eps-curve needs an attack: [[attacks]] name = "pgd" eps = ["1/255", "4/255"]')
 
 
@@ -175,16 +179,15 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
     given = pairs(flags.get("options") or (), "study: -o")
     if flags.get("epochs") is not None and "epochs" in given:
         raise UserError("study: --epochs and -o epochs say the same; give one")
-    for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "backbone"):
+    for name in ("methods", "data", "train_on", "seeds", "epochs", "limit", "train_limit", "template", "backbone"):
         if flags.get(name) is not None:
             facts[name] = flags[name]
+    if flags.get("image_size") is not None:
+        facts["backbone"] = str(parse(f"{facts.get('backbone', Study.backbone)}@{flags['image_size']}"))
     if flags.get("shots"):
         facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
     if flags.get("train_attack"):
-        facts["train_attack"] = {
-            **facts.get("train_attack", {}),
-            **pairs(flags["train_attack"], "study: --train-attack"),
-        }
+        facts["train_attack"] = facts.get("train_attack", {}) | pairs(flags["train_attack"], "study: --train-attack")
     for key in [*given, *(["epochs"] if flags.get("epochs") is not None else [])]:
         for table in (options, *methods.values()):
             table.pop(key, None)
@@ -208,14 +211,15 @@ def flagged(flags: Mapping[str, Any], kept: list[dict[str, Any]]) -> list[dict[s
         kept = [each for name in names for each in kept if each["name"] == name]
     elif radii or given:
         kept = kept or [dict(ATTACK)]
-    if radii and all(attack["name"] == NONE for attack in kept):
-        raise UserError("study: --eps goes with an attack; name it with --attack pgd")
-    options, used = pairs(given or (), "study: -a"), set()
+    flat = (NONE, *TEXTUAL)  # what has no eps
+    if radii and all(attack["name"] in flat for attack in kept):
+        raise UserError("study: --eps goes with an attack on images; name it with --attack pgd")
+    options, used, known = pairs(given or (), "study: -a"), set(), ATTACKS | TEXTUAL
     for attack in kept:
-        own = as_options(ATTACKS[attack["name"]]) if attack["name"] in ATTACKS else {}
+        own = as_options(known[attack["name"]]) if attack["name"] in known else {}
         attack |= {key: value for key, value in options.items() if key in own}
         used |= set(own)
-        if radii and attack["name"] != NONE:
+        if radii and attack["name"] not in flat:
             attack["eps"] = radii
     if unused := [key for key in options if key not in used]:
         names_ = ", ".join(attack["name"] for attack in kept)

@@ -157,6 +157,7 @@ def particulars(row: Any) -> list[str]:
     for stage in row.stages:
         changes = [f"{name!r} -> {text!r}" for name, text in stage.get("edits", {}).items()]
         lines += [f"  {', '.join(changes[:NAMED])}" + (" ..." if len(changes) > NAMED else "")] if changes else []
+        lines += [f"  {stage['tried']:,} texts tried"] if "tried" in stage else []
     if row.checks:
         alarms = [each for each in row.checks if each["alarm"]]
         lines.append(f"checks: {len(row.checks)} made, {len(alarms) or 'no'} alarm{'s' if len(alarms) != 1 else ''}")

@@ -11,7 +11,7 @@ from advtune.data.catalog import entry, names
 from advtune.data.named import open_named
 from advtune.data.parquet import open_hub, open_parquet
 from advtune.data.sources import Part, Source, normal, open_csv, open_folder
-from advtune.data.templates import filled, parts
+from advtune.data.templates import check_template, filled
 from advtune.errors import UserError, suggest
 from advtune.untrusted import UNSEEN, read_json
 
@@ -137,9 +137,7 @@ def check_task(task: Task) -> None:
 
 def check_words(classes: Sequence[str], template: str, what: str) -> None:
     """Raises UserError unless there are two or more distinct class texts and the template is sound; `what` has them."""
-    for each in parts(template):
-        if each.count("{}") != 1 or set("{}") & set(each.replace("{}", "")):
-            raise UserError(f"the template {each!r} must hold exactly one {{}} and no other brace")
+    check_template(template)
     if len(classes) < 2:
         raise UserError(f"{what} has {len(classes)} class; a classifier needs two or more")
     seen: dict[str, str] = {}

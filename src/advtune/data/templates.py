@@ -32,6 +32,13 @@ def filled(classes: Sequence[str], template: str) -> list[str]:
     return [each.replace("{}", name) for each in parts(template) for name in classes]
 
 
+def check_template(template: str) -> None:
+    """Raises UserError unless every template of a text holds {} once and no other brace."""
+    for each in parts(template):
+        if each.count("{}") != 1 or set("{}") & set(each.replace("{}", "")):
+            raise UserError(f"the template {each!r} must hold exactly one {{}} and no other brace")
+
+
 def read_templates(given: Sequence[str] | None) -> str | None:
     """What --template was given as one text: templates, text files (.txt) with one a line, or `ensemble`.
 
@@ -52,6 +59,15 @@ def read_templates(given: Sequence[str] | None) -> str | None:
     if odd := next((each for each in found if len(found) > 1 and each.count("{}") != 1), None):
         raise UserError(f"the template {odd[:60]!r} must hold exactly one {{}}")
     return BETWEEN.join(found)
+
+
+def listed(given: Sequence[str]) -> tuple[str, ...]:
+    """What --template was given, template by template. Raises UserError as `read_templates` and `check_template`."""
+    text = read_templates(given)
+    if text is None:
+        return ()
+    check_template(text)
+    return tuple(parts(text))
 
 
 def _lines(file: Path) -> list[str]:

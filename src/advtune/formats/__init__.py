@@ -18,7 +18,8 @@ from advtune.tokenizer import ENDS, frame, load_encoder, of_model
 from advtune.untrusted import visible
 from advtune.weights import read_tensors, weight_files
 
-DECISIVE = {"config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"}
+DECISIVE = {"config.json", "preprocessor_config.json", *openai.TOKENIZER}
+VOCABULARY = 49408  # of OpenAI's tokenizer, which is meant where a model of so many ids comes without one
 OTHERS = {  # model_type of Hugging Face's: why it is not read
     "siglip2": "is SigLIP 2 of any resolution (NaFlex); take a checkpoint of one resolution, as "
     "google/siglip2-base-patch16-224",
@@ -92,13 +93,17 @@ def has_huggingface(folder: Path) -> bool:
 def huggingface(folder: Path, own_ends: bool = False) -> Found:
     """A CLIP in Hugging Face's format. own_ends: its texts begin and end as the tokenizer says (MetaCLIP 2)."""
     config, files = read_config(folder), weight_files(folder)
-    encoder = load_encoder(folder)
+    meant = config.vocabulary == VOCABULARY and not own_ends
+    place = openai.tokenizer_folder(folder) if meant else folder
+    encoder = load_encoder(place)
     start, end = frame(encoder)
     if not own_ends:
         start, end = ends(folder, config, encoder)
     config = replace(config, start_token=start, end_token=end)
     tokenizer = of_model(encoder, config, folder)
     decisive = sorted(p for p in folder.iterdir() if p.name in DECISIVE and p.is_file())
+    if place != folder:
+        decisive += [place / name for name in openai.TOKENIZER if (place / name).is_file()]
     return Found(config, read_tensors(files), Layout(layout(config)), tokenizer, [*decisive, *files], folder)
 
 

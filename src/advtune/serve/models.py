@@ -18,10 +18,11 @@ from advtune import runs
 from advtune.data import Split, Task, load_images, load_task
 from advtune.data.cache import cache_dir
 from advtune.data.fewshot import named_part
+from advtune.data.templates import BETWEEN, parts
 from advtune.demo import BACKBONE, DATA, ENTRIES, SHOTS, Entry
 from advtune.errors import UserError
 from advtune.pretrained import EMBEDDED
-from advtune.serve.play import CLASSES, read_classes, read_picture
+from advtune.serve.play import CLASSES, TEMPLATES, read_classes, read_picture
 from advtune.train import tune
 from advtune.vlm import VLM
 
@@ -156,13 +157,18 @@ def words(task: Task) -> str:
     return ("\n" if any("," in name for name in names) else ", ").join(names)
 
 
+def around(task: Task) -> str:
+    """The text around a name that the page begins with: of more templates than it takes, the first."""
+    return BETWEEN.join(parts(task.template)[:TEMPLATES])
+
+
 def begin(shelf: Shelf, task: Task, shown: list[Example]) -> int:
     """The picture to begin with: the first that the tuned model names rightly. Of one that it does not, an attack
     has little to tell."""
     model = list(shelf.pair(next(iter(shelf.tuned), None)).values())[-1]
     classes = read_classes(words(task))
     with torch.no_grad():
-        f = model.classifier(model.tokens(classes, task.template))
+        f = model.classifier(model.tokens(classes, around(task)))
         for i, each in enumerate(shown):
             if classes[int(f(read_picture(each.data, model.side).to(model.device)).argmax())] == each.label:
                 return i

@@ -14,14 +14,16 @@ from PIL import Image
 
 from advtune.data import Task
 from advtune.data.images import FORMATS, to_rgb, upright
+from advtune.data.templates import BETWEEN
 from advtune.errors import UserError
 from advtune.serve import panels
-from advtune.serve.models import Example, Shelf, words
+from advtune.serve.models import Example, Shelf, around, words
 from advtune.serve.play import (
     EPS,
     MEGABYTES,
     OFFERS,
     TEMPLATE_LETTERS,
+    TEMPLATES,
     Offer,
     check_template,
     make_attack,
@@ -68,7 +70,10 @@ def build(shelf: Shelf, task: Task, shown: list[Example], start: int = 0, eps: f
                 with gr.Accordion("More", open=False):
                     away = gr.Dropdown([OWN, *task.classes], value=OWN, label="Lead away from")
                     template = gr.Textbox(
-                        task.template, label="Text around a class name", max_length=TEMPLATE_LETTERS, max_lines=1
+                        around(task),
+                        label="Text around a class name; several, with | between them, are averaged",
+                        max_length=TEMPLATES * (TEMPLATE_LETTERS + len(BETWEEN)),
+                        max_lines=1,
                     )
             with gr.Column(scale=5, min_width=320):
                 out = gr.HTML(panels.sentence(panels.TIP), elem_id="answer")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from advtune.attacks import ATTACKS, Attack
 from advtune.data.images import decode
+from advtune.data.templates import BETWEEN, parts
 from advtune.draws import seeded
 from advtune.errors import UserError
 from advtune.options import as_options, fill
@@ -20,7 +21,7 @@ from advtune.untrusted import UNSEEN
 from advtune.vlm import VLM
 
 MEGABYTES, MEGAPIXELS, ASPECT = 10, 40, 20  # of an upload: encoded size, pixels, longer side by shorter
-CLASSES, LETTERS, TEMPLATE_LETTERS = 100, 80, 200
+CLASSES, LETTERS, TEMPLATE_LETTERS, TEMPLATES = 100, 80, 200, 10
 EPS = 16  # the largest, in 255ths of a pixel's range
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LEVELS = 255
@@ -139,12 +140,16 @@ def read_classes(text: str) -> tuple[str, ...]:
 
 
 def check_template(template: str) -> str:
-    """The text around a class name. Raises UserError unless it holds exactly one {} and no other brace."""
-    template = " ".join((template or "").split())
-    braces = template.count("{}") == 1 and not set("{}") & set(template.replace("{}", ""))
-    if not braces or UNSEEN.search(template) or len(template) > TEMPLATE_LETTERS:
-        raise UserError("The text around the names must hold {} once, where the name goes: a photo of a {}.")
-    return template
+    """The text around a class name, or several with " | " between them. Raises UserError unless each holds exactly one
+    {} and no other brace."""
+    found = parts(" ".join((template or "").split()))
+    if len(found) > TEMPLATES:
+        raise UserError(f"{len(found)} texts around the names are too many for the page; give at most {TEMPLATES}.")
+    for each in found:
+        braces = each.count("{}") == 1 and not set("{}") & set(each.replace("{}", ""))
+        if not braces or UNSEEN.search(each) or len(each) > TEMPLATE_LETTERS:
+            raise UserError("The text around the names must hold {} once, where the name goes: a photo of a {}.")
+    return BETWEEN.join(found)
 
 
 def make_attack(name: str, eps: float | None, budget: float | None) -> Attack:
