@@ -62,11 +62,11 @@ class Guided:
 
     def __post_init__(self) -> None:
         check(self, "method guided")
-        alone = self.guide == "none"
-        if self.ce == "none" and not self.consistency and (alone or not self.lam):
-            raise UserError("method guided: ce=none leaves the student nothing to learn from; raise lam or consistency")
-        if alone and (self.adversary == "guide" or self.weight == "confidence"):
-            raise UserError(f"method guided: adversary={self.adversary}, weight={self.weight} need a guide, not none")
+        if self.ce in ("none", "clean") and not self.consistency and (self.guide == "none" or not self.lam):
+            raise UserError(f"method guided: ce={self.ce} alone learns nothing from x'; raise lam or consistency")
+        for name, value in (("adversary", "guide"), ("weight", "confidence")):
+            if self.guide == "none" and getattr(self, name) == value:
+                raise UserError(f"method guided: {name}={value} needs a guide, and guide=none")
         if self.match == "features" and self.trainable == "text-prompts":
             raise UserError("method guided: text prompts do not change the image features; take match=logits")
 
