@@ -433,6 +433,19 @@ def test_a_run_of_an_older_version_is_interpolated(tuned, tmp_path):
     assert next(iter(made)) == "optimizer"
 
 
+@pytest.mark.parametrize("lost", ["recipe", "train.jsonl"])
+def test_a_damaged_run_is_named_and_nothing_is_left(lost, tuned, tmp_path, capsys):
+    config = runs.read_config(tuned)
+    config.pop(lost, None)
+    (tuned / "config.json").write_text(json.dumps(config))
+    (tuned / "SHA256SUMS").unlink()
+    if lost == "train.jsonl":
+        (tuned / lost).unlink()
+    assert main(["interpolate", str(tuned), "--share", "0.5", "--out", str(tmp_path / "b")]) == 2
+    assert str(tuned) in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert not list(tmp_path.glob("b*"))
+
+
 def test_what_cannot_be_interpolated(tuned, vlm, task, tmp_path, capsys):
     capt = tmp_path / "capt"
     tune("capt", runs.load(str(tuned), "cpu", "fp32"), task, shots=2, epochs=1, options=LEARN, out=capt, show=False)

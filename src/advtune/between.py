@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +43,7 @@ def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite:
     for share, place in places.items():
         tuned = runs.load(run, "cpu", "fp32")
         interpolate(base, tuned, share)
-        partials[share].mkdir(parents=True, exist_ok=True)
-        with alone(partials[share]):
-            write(folder, tuned, base, share, partials[share], place)
-            finish(partials[share], place)
+        write(folder, tuned, base, share, partials[share], place)
     lines = [f"{place}: {100 * share:g} % of the way from the original to {run}" for share, place in places.items()]
     data = config["train"]["spec"]
     last = shlex.join(["advtune", "evaluate", str(places[found[-1]]), "--data", data, "--attack", "pgd"])
@@ -66,12 +62,13 @@ def check_share(text: str | float) -> float:
 
 
 def write(folder: Path, tuned: Any, base: Any, share: float, partial: Path, out: Path) -> None:
-    """The new run's files: the old run's, but for the weights and what config.json says of them."""
+    """The new run: the old run's files, but for the weights and what config.json says of them."""
     old = runs.read_config(folder)
     recipe = said(old["recipe"])
     config = old | {"recipe": recipe | {"interpolate": recipe["interpolate"] * share}}
     config["backbone"] = old["backbone"] | {"path": runs.path_from(out, runs.backbone_of(folder, old))}
-    hashes = runs.read_json(folder / runs.IMAGES)
-    write_atomic(partial / runs.LOG, (folder / runs.LOG).read_bytes())
-    write_atomic(partial / runs.CONFIG, json.dumps(config, indent=1) + "\n")
-    runs.write_run(partial, runs.settle(tuned, base, config, hashes, out), config, hashes)
+    hashes, log = runs.read_json(folder / runs.IMAGES), (folder / runs.LOG).read_bytes()
+    with alone(partial):
+        write_atomic(partial / runs.LOG, log)
+        runs.write_run(partial, runs.settle(tuned, base, config, hashes, out), config, hashes)
+        finish(partial, out)
