@@ -29,10 +29,10 @@ class Guided:
     L = CE + lam * w * D(g(v), f(x')) + consistency * (1 - w) * D(f(x), f(x')),  v = x or x'; constant weight: no w
 
     D: KL of logits, squared distance of unit features, or 1 - correlation of logits over the classes. With other
-    options it is TeCoA, PMG-AFT, CAPT or APD: see the presets, which tests hold equal to them.
+    options it has the loss of TeCoA, PMG-AFT, CAPT or APD: the presets, which tests hold equal to them.
     """
 
-    trainable: str = option("low-rank", "what learns of the student", choices=TRAINABLE)
+    trainable: str = option("low-rank", "what learns (image-tower: lr=2e-5; prompts: optimizer=sgd)", choices=TRAINABLE)
     rank: int = option(8, "trainable=low-rank: rank of every update", low=1)
     guide: str = option("frozen", "g: backbone, prompts that learn online, the weights' average", choices=GUIDES)
     sees: str = option("clean", "images that the guide sees (v)", choices=("clean", "adversarial"))
