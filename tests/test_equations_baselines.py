@@ -298,7 +298,8 @@ def test_the_shapes_that_are_learned(name, vlm, task):
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("zero-shot", "tecoa", "pmg-aft", "capt", "apd")])
 def test_the_student_moves_and_the_frozen_model_does_not(name, vlm, task, tmp_path):
     before = {n: p.clone() for n, p in vlm.named_parameters()}
-    options = {"lr": 0.01, "warmup_epochs": 0, "augment": False} | ({"tokens": 3} if name == "coop" else {})
+    own = {"coop": {"tokens": 3}, "guided": {"trainable": "image-tower"}}  # low-rank: tests/test_guided.py
+    options = {"lr": 0.01, "warmup_epochs": 0, "augment": False, **own.get(name, {})}
     tuned = tune(name, vlm, task, shots=2, epochs=2, options=options, out=tmp_path / "run", show=False)
     assert all(torch.equal(p, before[n]) for n, p in vlm.named_parameters())
     assert not any(p.grad is not None for p in vlm.parameters())

@@ -1,19 +1,21 @@
 """The frame of all guided methods: its equation in numpy, the methods that it holds, what averages and interpolates."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from advtune import checkpoint, runs, train
+from advtune import checkpoint, cost, results, runs, train
 from advtune.attacks import PGD
-from advtune.averaging import follow, interpolate
+from advtune.averaging import follow, interpolate, with_average
 from advtune.cli import main
 from advtune.errors import UserError
 from advtune.losses import relations
 from advtune.low_rank import attach, merge
 from advtune.methods import configure
+from advtune.protocols import Run
 from advtune.train import tune
 from backbones import write_openai
 from test_equations import SCALE, B, C, Y, ce, check, gradients, kl, softmax
@@ -144,10 +146,11 @@ def test_what_learns(vlm, task):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ce": "none", "lam": 0, "consistency": 0}, "nothing to learn"),
-        ({"ce": "none", "guide": "none", "consistency": 0}, "nothing to learn"),
-        ({"guide": "none", "adversary": "guide"}, "need a guide"),
-        ({"guide": "none", "weight": "confidence"}, "need a guide"),
+        ({"ce": "none", "lam": 0, "consistency": 0}, "ce=none alone learns nothing from x'"),
+        ({"ce": "none", "guide": "none", "consistency": 0}, "ce=none alone learns nothing from x'"),
+        ({"ce": "clean", "guide": "none", "consistency": 0}, "ce=clean alone learns nothing from x'"),
+        ({"guide": "none", "adversary": "guide"}, "adversary=guide needs a guide"),
+        ({"guide": "none", "weight": "confidence"}, "weight=confidence needs a guide"),
         ({"match": "features", "trainable": "text-prompts"}, "do not change the image features"),
         ({"guide": "average"}, "-o average=0.99"),
         ({"average": 1}, "average"),
@@ -158,6 +161,33 @@ def test_what_learns(vlm, task):
 def test_what_does_not_go_together_is_refused(options, said):
     with pytest.raises(UserError, match=said):
         configure("guided", options)
+
+
+@pytest.mark.parametrize(
+    ("adversary", "attack", "said"),
+    [
+        ("student", {"random_start": False}, "no slope"),
+        ("student", {"name": "n-fgsm", "noise": 0}, "no slope"),
+        ("student", {"name": "free", "replay": 2}, "another loss"),
+        ("guide", {"name": "free", "replay": 2}, "another loss"),
+    ],
+)
+def test_an_attack_that_cannot_be_the_adversary_is_refused(adversary, attack, said):
+    with pytest.raises(UserError, match=said):
+        configure("guided", {"adversary": adversary}, attack)
+    configure("guided", {}, attack)
+
+
+def test_what_a_guide_that_averages_costs_is_counted():
+    options = {"average": 0.9, "batch_size": 4, "consistency": 0.0}
+    wanted = {g: Run("guided", "two", (), (), epochs=1, options={**options, "guide": g}) for g in ("average", "none")}
+    found = {g: cost.training(run, 1) for g, run in wanted.items()}
+    assert found["average"] == (found["none"][0] + 1, found["none"][1])  # its look at the clean image
+
+
+def test_relations_among_two_classes_say_nothing():
+    with pytest.raises(UserError, match="among 2 classes"):
+        relations(torch.randn(B, 2), torch.randn(B, 2))
 
 
 def test_relations_do_not_see_scale_and_shift():
@@ -239,6 +269,26 @@ def test_the_average_is_the_result(vlm, task, monkeypatch):
     for name, value in tuned.items():
         torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
         assert value.dim() < 2 or not torch.allclose(value, seen[-1][name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"interpolate": 0.5}, {"average": 0.9, "guide": "average"}])
+def test_a_compiled_low_rank_run_answers_in_memory_as_it_would_from_disk(options, clip_folder, task):
+    found = []
+    for compiled in ("", "eager"):
+        model = runs.load(str(clip_folder), "cpu", "fp32")
+        model.compiled = compiled
+        found.append(tune("guided", model, task, shots=2, epochs=2, options={**LEARN, **options}, show=False))
+    x, tokens = torch.rand(2, 3, 16, 16), found[0].tokens(task.classes, task.template)
+    with torch.no_grad():
+        plain, compiled = (each.classifier(tokens)(x) for each in found)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_an_average_of_prompts_needs_no_tower_of_its_own(vlm, task):
+    for trainable, shared in (("prompts", True), ("image-tower", False)):
+        method, recipe, _ = configure("guided", {"trainable": trainable, "average": 0.9})
+        models = with_average(method.setup(vlm, task, 0), recipe)
+        assert (models["average"].clip.image is vlm.clip.image) is shared
 
 
 @pytest.mark.parametrize("options", [{"trainable": "low-rank"}, {"trainable": "prompts", "guide": "average"}])
@@ -349,6 +399,50 @@ def test_a_run_between_is_replaced_when_asked(tuned, tmp_path, capsys):
 def test_shares_that_are_none(share, tuned, tmp_path, capsys):
     assert main(["interpolate", str(tuned), "--share", share, "--out", str(tmp_path / "b")]) == 2
     assert "--share" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert not list(tmp_path.glob("b*"))
+
+
+@pytest.mark.parametrize("shares", [("0.5", "1/2"), ("0.3333331", "0.3333332")])
+def test_shares_that_are_the_same(shares, tuned, tmp_path, capsys):
+    """Of one name: the second run would take the first one's folder."""
+    assert main(["interpolate", str(tuned), "--share", *shares, "--out", str(tmp_path / "b")]) == 2
+    assert "twice" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert not list(tmp_path.glob("b*"))
+
+
+def test_tuning_that_is_not_finished_is_left_alone(tuned, tmp_path, capsys):
+    shutil.copytree(tuned, tmp_path / "half.partial")
+    (tmp_path / "half.partial" / "delta.safetensors").unlink()
+    (tmp_path / "half.partial" / checkpoint.CHECKPOINT).write_text("hours of it")
+    ask = ["interpolate", str(tuned), "--share", "0.5", "--out", str(tmp_path / "half")]
+    assert main(ask) == 2 and "half.partial exists" in capsys.readouterr().err
+    assert (tmp_path / "half.partial" / checkpoint.CHECKPOINT).read_text() == "hours of it"
+    assert main([*ask, "--overwrite"]) == 0
+    assert not list(tmp_path.glob("half.*")) and runs.is_run(tmp_path / "half")
+
+
+def test_a_run_of_an_older_version_is_interpolated(tuned, tmp_path):
+    """Its recipe says nothing of averages and shares."""
+    config = runs.read_config(tuned)
+    config["recipe"] = {k: v for k, v in config["recipe"].items() if k not in results.LATER}
+    (tuned / "config.json").write_text(json.dumps(config))
+    (tuned / "SHA256SUMS").unlink()
+    assert main(["interpolate", str(tuned), "--share", "0.5", "--out", str(tmp_path / "half")]) == 0
+    made = runs.read_config(tmp_path / "half")["recipe"]
+    assert made == {**config["recipe"], **results.LATER, "interpolate": 0.5}
+    assert next(iter(made)) == "optimizer"
+
+
+@pytest.mark.parametrize("lost", ["recipe", "train.jsonl"])
+def test_a_damaged_run_is_named_and_nothing_is_left(lost, tuned, tmp_path, capsys):
+    config = runs.read_config(tuned)
+    config.pop(lost, None)
+    (tuned / "config.json").write_text(json.dumps(config))
+    (tuned / "SHA256SUMS").unlink()
+    if lost == "train.jsonl":
+        (tuned / lost).unlink()
+    assert main(["interpolate", str(tuned), "--share", "0.5", "--out", str(tmp_path / "b")]) == 2
+    assert str(tuned) in (line := capsys.readouterr().err) and line.count("\n") == 1
     assert not list(tmp_path.glob("b*"))
 
 

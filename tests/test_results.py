@@ -94,6 +94,7 @@ def test_a_recipe_of_an_older_row_says_what_it_did() -> None:
     assert row.recipe == {"lr": 0.1, "warmup_share": 0.0, "average": 0.0, "interpolate": 1.0}
     assert Row.from_json(make(recipe={"lr": 0.1, "average": 0.9}).to_json()).recipe["average"] == 0.9
     assert Row.from_json(make().to_json()).recipe == {}  # zero-shot has none
+    assert next(iter(row.recipe)) == "lr"  # what a row says comes first
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def interpolate(verbs: Any) -> None:
     p = verbs.add_parser(
         "interpolate",
         help="between the original image tower and a tuned one: the trade-off",
-        description="New runs between the original image tower (share 0) and the one of a run (share 1), without "
-        "tuning: as a rule more clean accuracy for less robustness. Measure each as any other run.",
+        description="New runs between the image tower that a run began with (share 0) and the one it ended with (share "
+        "1), without tuning: as a rule more clean accuracy for less robustness. Measure each as any other run.",
     )
     p.add_argument("tuned", metavar="DIR", help="a run folder of a method that tunes the image tower")
     p.add_argument("--share", required=True, nargs="+", metavar="S", help="how far to go, between 0 and 1: 0.25 0.5")

@@ -25,7 +25,8 @@ def with_average(models: dict[str, VLM], recipe: Recipe) -> dict[str, VLM]:
     if not recipe.average:
         return models
     clip = shell(student.clip)
-    clip.image = copy.deepcopy(clip.image)
+    if student.learned == ("clip.image.",):  # else the tower is everybody's
+        clip.image = copy.deepcopy(clip.image)
     return {**models, AVERAGE: student.like(clip, copy.deepcopy(student.prompts)).requires_grad_(False)}
 
 
@@ -50,7 +51,8 @@ def result(models: Mapping[str, VLM], original: VLM, recipe: Recipe) -> VLM:
     """What a run learned: the student or its average, low-rank updates merged, as far from the original as the recipe
     says."""
     tuned = models.get(AVERAGE, models["student"])
-    merge(tuned.clip.image)
+    if merge(tuned.clip.image):
+        tuned = tuned.like(tuned.clip, tuned.prompts)  # without the program that was compiled of what is merged now
     if recipe.interpolate < 1:
         interpolate(original, tuned, recipe.interpolate)
     return tuned

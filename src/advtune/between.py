@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,25 +13,27 @@ from advtune.checkpoint import claim, finish
 from advtune.disk import alone
 from advtune.errors import UserError
 from advtune.options import parse_float
-from advtune.results import LATER, write_atomic
+from advtune.results import said, write_atomic
 
 
 def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Write a run whose image tower is original + share * (tuned - original), 0 < share < 1, for each share: to `out`,
     or of several to out/SHARE. What the runs are called, and lines for people.
 
-    Raises UserError for a folder that is no run or of no tuned image tower, for shares that are none, and for folders
-    that are there.
+    Raises UserError for a folder that is no run or of no tuned image tower, for shares that are none or the same, and
+    for folders that are there: of a run that is not finished, too.
     """
-    found = sorted({check_share(share) for share in shares})
+    found = sorted(map(check_share, shares))
+    if len(set(found)) < len(found):
+        raise UserError(f"--share {' '.join(map(str, shares))[:60]}: names a share twice, to six digits")
     folder = Path(run)
     if not runs.is_run(folder):
         raise UserError(f"{run}: not a finished run folder (config.json and delta.safetensors)")
     places = {share: Path(out) / f"{share:g}" if len(found) > 1 else Path(out) for share in found}
-    for place in places.values():
+    partials = {share: claim(place, resume=False, overwrite=True) for share, place in places.items()}
+    for place in (*places.values(), *partials.values()):
         if place.exists() and not overwrite:
             raise UserError(f"{place} exists; replace it with --overwrite, or choose another --out")
-    partials = {share: claim(place, resume=False, overwrite=True) for share, place in places.items()}
     config, tuned = runs.read_config(folder), runs.load(run, "cpu", "fp32")
     if any(str(place.resolve()) in tuned.folders for place in places.values()):
         raise UserError(f"--out {out}: is the run, or what it stands on; choose another")
@@ -42,10 +43,7 @@ def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite:
     for share, place in places.items():
         tuned = runs.load(run, "cpu", "fp32")
         interpolate(base, tuned, share)
-        partials[share].mkdir(parents=True, exist_ok=True)
-        with alone(partials[share]):
-            write(folder, tuned, base, share, partials[share], place)
-            finish(partials[share], place)
+        write(folder, tuned, base, share, partials[share], place)
     lines = [f"{place}: {100 * share:g} % of the way from the original to {run}" for share, place in places.items()]
     data = config["train"]["spec"]
     last = shlex.join(["advtune", "evaluate", str(places[found[-1]]), "--data", data, "--attack", "pgd"])
@@ -53,9 +51,9 @@ def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite:
 
 
 def check_share(text: str | float) -> float:
-    """A share as a number. Raises UserError for what is not between 0 and 1."""
+    """A share as a number of six digits, as its folder is called. Raises UserError for what is not between 0 and 1."""
     try:
-        share = parse_float(str(text))
+        share = float(f"{parse_float(str(text)):g}")
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
@@ -64,12 +62,13 @@ def check_share(text: str | float) -> float:
 
 
 def write(folder: Path, tuned: Any, base: Any, share: float, partial: Path, out: Path) -> None:
-    """The new run's files: the old run's, but for the weights and what config.json says of them."""
+    """The new run: the old run's files, but for the weights and what config.json says of them."""
     old = runs.read_config(folder)
-    recipe = LATER | old["recipe"]
+    recipe = said(old["recipe"])
     config = old | {"recipe": recipe | {"interpolate": recipe["interpolate"] * share}}
     config["backbone"] = old["backbone"] | {"path": runs.path_from(out, runs.backbone_of(folder, old))}
-    hashes = runs.read_json(folder / runs.IMAGES)
-    write_atomic(partial / runs.LOG, (folder / runs.LOG).read_bytes())
-    write_atomic(partial / runs.CONFIG, json.dumps(config, indent=1) + "\n")
-    runs.write_run(partial, runs.settle(tuned, base, config, hashes, out), config, hashes)
+    hashes, log = runs.read_json(folder / runs.IMAGES), (folder / runs.LOG).read_bytes()
+    with alone(partial):
+        write_atomic(partial / runs.LOG, log)
+        runs.write_run(partial, runs.settle(tuned, base, config, hashes, out), config, hashes)
+        finish(partial, out)

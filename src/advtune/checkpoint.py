@@ -20,7 +20,7 @@ from torch import Tensor
 from advtune import distributed, ending, runs, sealed
 from advtune.disk import LOCK, SUMS, alone, check_alone, check_writable, naming
 from advtune.errors import UserError
-from advtune.results import LATER, write_atomic
+from advtune.results import said, write_atomic
 from advtune.tensorboard import Board
 
 SECONDS = 30  # between two checkpoints
@@ -107,7 +107,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = {"prompt_template": "", "prompt_classes": [], "compiled": False} | json.loads(json.dumps(config))
     train = {"subset": "all", "all_classes": plain["train"]["classes"]} | plain["train"]
     plain["train"] = {k: v for k, v in train.items() if k != "split"}  # a name; the images are known by content
-    plain["recipe"] = LATER | plain["recipe"]
+    plain["recipe"] = said(plain["recipe"])
     return {k: v for k, v in plain.items() if k not in ("versions", "device", "notes")}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from advtune import runs
 from advtune.answers import Todo, missing, rows_of
 from advtune.attacks import PGD, Attack
+from advtune.averaging import with_average
 from advtune.data import Task, load_task
 from advtune.data.catalog import entry as facts_of
 from advtune.data.catalog import names
@@ -25,6 +26,7 @@ from advtune.edits import TEXTUAL
 from advtune.errors import UserError
 from advtune.progress import clock
 from advtune.protocols import ZERO_SHOT, Run
+from advtune.recipe import Recipe
 from advtune.rows import attack_facts
 from advtune.vlm import VLM, Batch
 
@@ -77,18 +79,18 @@ def training(run: Run, n: int) -> tuple[float, float]:
     method, recipe, attack = run.configured()
     cycles = getattr(method, "cycles", 1)
     worst: Any = replace(attack, early_stop=False) if isinstance(attack, PGD) else attack
-    once, each = step(method, worst, recipe.augment, cycles)
+    once, each = step(method, Recipe(augment=recipe.augment, average=recipe.average), worst, cycles)
     passes = recipe.epochs * cycles
     return n * (once[0] + passes * each[0]), n * (once[1] + passes * each[1])
 
 
 @cache
-def step(method: Any, attack: Attack, augment: bool, cycles: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def step(method: Any, recipe: Recipe, attack: Attack, cycles: int) -> tuple[tuple[float, float], tuple[float, float]]:
     """(forwards, gradients) of an image: of preparing it, and of a training step, the mean over the cycles. Counted
     while the embedded backbone does it, so that it is true of every method."""
-    task = Task("two", "two", ("cat", "dog"), "a photo of a {}.", {})
+    task = Task("three", "three", ("cat", "dog", "bird"), "a photo of a {}.", {})
     model = runs.load("mini", "cpu", "fp32").requires_grad_(False)
-    models = method.setup(model, task, 0)
+    models = with_average(method.setup(model, task, 0), recipe)
     tokens = {name: vlm.tokens(task.classes, task.template) for name, vlm in models.items()}
     batch = Batch(torch.rand(2, 3, model.side, model.side), torch.tensor([0, 1]), tokens)
     seen = [0.0, 0.0]
@@ -99,7 +101,7 @@ def step(method: Any, attack: Attack, augment: bool, cycles: int) -> tuple[tuple
     for tower in {vlm.clip.image for vlm in models.values()}:
         tower.register_forward_hook(count)
     with torch.random.fork_rng():
-        make = None if augment else getattr(method, "prepare", None)
+        make = None if recipe.augment else getattr(method, "prepare", None)
         kept = {} if make is None else make(models, batch, attack)
         once = seen[0], seen[1]
         for cycle in range(cycles):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advtune.errors import UserError
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(logits)[y] of each image: logits [B, C], labels y [B] -> [B]."""
@@ -38,8 +40,11 @@ def relations(p: Tensor, q: Tensor) -> Tensor:
     """1 - correlation of the logits over the classes, in [0, 2]: logits p, q [B, C] -> [B].
 
     Which classes an image is nearer to, whatever the scale and the shift of the logits: the relation between classes
-    of DIST (Huang et al., arXiv:2205.10536), on logits.
+    of DIST (Huang et al., arXiv:2205.10536), on logits. Raises UserError for fewer than three classes: the correlation
+    of two is 1 or -1 and has no slope.
     """
+    if p.shape[-1] < 3:
+        raise UserError(f"relations among {p.shape[-1]} classes say nothing; compare logits, or give three classes")
     return 1 - F.cosine_similarity(p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True), dim=-1)
 
 

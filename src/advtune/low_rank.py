@@ -45,8 +45,10 @@ def attach(tower: nn.Module, rank: int, seed: int) -> None:
             parametrize.register_parametrization(linear, "weight", update)
 
 
-def merge(tower: nn.Module) -> None:
-    """The updates become part of the weights; nothing for a tower that has none."""
-    for module in tower.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+def merge(tower: nn.Module) -> bool:
+    """The updates become part of the weights; whether there were any. Copies of the tower that still have theirs are
+    of no use afterwards: torch takes the property from the class that they share."""
+    updated = [module for module in tower.modules() if parametrize.is_parametrized(module, "weight")]
+    for module in updated:
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return bool(updated)

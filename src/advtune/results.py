@@ -8,7 +8,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,11 @@ SCHEMA = 1
 LAST = {"average": 0.0, "interpolate": 1.0}  # of a recipe whose result is the last weights, and all the way
 LATER = {"warmup_share": 0.0, **LAST}  # of a recipe that does not say
 START = b'{"schema": '  # how every line begins; tells a cut row from a stranger's file
+
+
+def said(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with what older versions did not say of it."""
+    return {**recipe, **LATER, **recipe}  # in its own order
 
 
 def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -139,7 +144,7 @@ class Row:
             raise ValueError(f"schema {facts['schema']}, this version reads {SCHEMA}")
         fits = crc_fits(facts)
         if isinstance(facts.get("recipe"), dict) and facts["recipe"]:
-            facts["recipe"] = LATER | facts["recipe"]
+            facts["recipe"] = said(facts["recipe"])
         try:
             row = cls(**facts)
         except (TypeError, KeyError, AttributeError) as error:

@@ -140,7 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     facts = config.get("backbone") if isinstance(config, dict) else None
     texts = [facts.get(key) for key in ("name", "path", "sha256")] if isinstance(facts, dict) else [None]
-    tables = [config.get(key) for key in ("train", "preprocess")] if isinstance(config, dict) else [None]
+    tables = [config.get(key) for key in ("train", "preprocess", "recipe")] if isinstance(config, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{folder / CONFIG}: is not of a run, or damaged; tune again")
     return config

@@ -133,6 +133,9 @@ def check_together(name: str, method: Method, recipe: Recipe, attack: Attack) ->
     needs another recipe."""
     if getattr(method, "guide", "") == "average" and not recipe.average:
         raise UserError(f"method {name}: guide=average needs the weights' average: add -o average=0.99")
+    adversary = getattr(method, "adversary", "ce")
+    if adversary == "student" and not (getattr(attack, "random_start", True) and getattr(attack, "noise", True)):
+        raise UserError(f"method {name}: D(f(x), f(x')) has no slope at x itself; leave the attack its random start")
     if isinstance(attack, PGD):
         return
     attacker = getattr(method, "attacker", "")
@@ -145,6 +148,8 @@ def check_together(name: str, method: Method, recipe: Recipe, attack: Attack) ->
         reason = "its adversarial images are made once, before tuning"
     elif attacker == "constant":
         reason = f"attacker={attacker} attacks another function than the one that is tuned"
+    elif adversary != "ce":
+        reason = f"adversary={adversary} raises another loss than the one that is trained"
     elif getattr(method, "cycles", 1) > 1:
         reason = "it has a phase without adversarial images"
     if reason:

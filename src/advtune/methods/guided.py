@@ -29,10 +29,10 @@ class Guided:
     L = CE + lam * w * D(g(v), f(x')) + consistency * (1 - w) * D(f(x), f(x')),  v = x or x'; constant weight: no w
 
     D: KL of logits, squared distance of unit features, or 1 - correlation of logits over the classes. With other
-    options it is TeCoA, PMG-AFT, CAPT or APD: see the presets, which tests hold equal to them.
+    options it has the loss of TeCoA, PMG-AFT, CAPT or APD: the presets, which tests hold equal to them.
     """
 
-    trainable: str = option("low-rank", "what learns of the student", choices=TRAINABLE)
+    trainable: str = option("low-rank", "what learns (image-tower: lr=2e-5; prompts: optimizer=sgd)", choices=TRAINABLE)
     rank: int = option(8, "trainable=low-rank: rank of every update", low=1)
     guide: str = option("frozen", "g: backbone, prompts that learn online, the weights' average", choices=GUIDES)
     sees: str = option("clean", "images that the guide sees (v)", choices=("clean", "adversarial"))
@@ -62,11 +62,11 @@ class Guided:
 
     def __post_init__(self) -> None:
         check(self, "method guided")
-        alone = self.guide == "none"
-        if self.ce == "none" and not self.consistency and (alone or not self.lam):
-            raise UserError("method guided: ce=none leaves the student nothing to learn from; raise lam or consistency")
-        if alone and (self.adversary == "guide" or self.weight == "confidence"):
-            raise UserError(f"method guided: adversary={self.adversary}, weight={self.weight} need a guide, not none")
+        if self.ce in ("none", "clean") and not self.consistency and (self.guide == "none" or not self.lam):
+            raise UserError(f"method guided: ce={self.ce} alone learns nothing from x'; raise lam or consistency")
+        for name, value in (("adversary", "guide"), ("weight", "confidence")):
+            if self.guide == "none" and getattr(self, name) == value:
+                raise UserError(f"method guided: {name}={value} needs a guide, and guide=none")
         if self.match == "features" and self.trainable == "text-prompts":
             raise UserError("method guided: text prompts do not change the image features; take match=logits")
 
