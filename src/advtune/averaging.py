@@ -40,8 +40,8 @@ def averaged(models: Mapping[str, VLM]) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def follow(pairs: Iterable[tuple[Tensor, Tensor]], decay: float, step: int) -> None:
-    """average <- d average + (1 - d) parameter after step 0, 1, ..., with d = min(decay, (1 + step) / (10 + step)), so
-    that the first steps do not stay in it (Polyak averaging with TensorFlow's warm-up)."""
+    """average <- d average + (1 - d) parameter after step 0, 1, ... of a cycle, with d = min(decay, (1 + step) / (10 +
+    step)), so that the first steps do not stay in it (Polyak averaging with TensorFlow's warm-up)."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     for average, parameter in pairs:
         average.lerp_(parameter, share)

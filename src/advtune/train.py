@@ -243,7 +243,7 @@ def fit(
                 batch = own_share(plan, images, rows, tokens, prepared, step // cycle)
                 rate = plan.recipe.rate(step % cycle, cycle, per_epoch)
                 terms = update(plan, models, batch, optimiser, rate, step, d[: len(rows)], portions)
-                follow(pairs.values(), plan.recipe.average, step)
+                follow(pairs.values(), plan.recipe.average, step % cycle)
                 if step == steps - 1:
                     check_finite(plan, learning, rate)
                 log.step({"step": step, "epoch": number // per_epoch, "lr": rate, **terms}, learning, optimiser)

@@ -28,8 +28,8 @@ class Guided:
 
     L = CE + lam * w * D(g(v), f(x')) + consistency * (1 - w) * D(f(x), f(x')),  v = x or x'; constant weight: no w
 
-    D: KL of logits, squared distance of unit features, or 1 - correlation of logits over the classes. With other
-    options it has the loss of TeCoA, PMG-AFT, CAPT or APD: the presets, which tests hold equal to them.
+    D: KL of logits, squared distance of unit features, or 1 - correlation of logits over the classes; g is a constant
+    in it, f(x) is not. An online g learns by CE(g(x), y). The presets have the losses of TeCoA, PMG-AFT, CAPT and APD.
     """
 
     trainable: str = option("low-rank", "what learns (image-tower: lr=2e-5; prompts: optimizer=sgd)", choices=TRAINABLE)
