@@ -258,6 +258,7 @@ RUN = {
     "options": {},
     "backbone": {"name": "mini", "path": "", "sha256": "0", "tuned": None},
     "train": {"spec": "x", "classes": []},
+    "recipe": {"lr": 0.1},
     "preprocess": {"resize": 8, "crop": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "mode": "bicubic"},
 }
 
