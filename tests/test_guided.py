@@ -87,13 +87,13 @@ def test_an_online_guide_learns_from_clean_images_alone():
 @pytest.mark.parametrize("match", ["logits", "features"])
 def test_what_the_adversary_raises(match):
     s, g = Towers(0), Towers(1)
-    at = {"logits": ("z", "z_adv", 1), "features": ("e", "e_adv", 0)}[match]
-    for adversary, model in (("student", s), ("guide", g)):
+    parts = {"logits": ("z", "z_adv"), "features": ("e", "e_adv")}
+    for adversary, model, of in (("kl", s, "logits"), ("features", s, "features"), ("guide", g, match)):
         spy = Spy()
         run("guided", {"student": s, "guide": g}, spy, {"adversary": adversary, "match": match})
-        target, answer = getattr(Model(model), at[0]), getattr(Model(s), at[1])
+        target, answer = getattr(Model(model), parts[of][0]), getattr(Model(s), parts[of][1])
         np.testing.assert_allclose(spy.target.numpy(), target, rtol=1e-5)
-        d = kl(target, answer) if match == "logits" else ((target - answer) ** 2).sum(1)
+        d = kl(target, answer) if of == "logits" else ((target - answer) ** 2).sum(1)
         np.testing.assert_allclose(spy.loss(spy.answers, spy.target).numpy(), d, rtol=1e-4)
     spy = Spy()
     run("guided", {"student": s, "guide": g}, spy)
@@ -165,9 +165,9 @@ def test_what_does_not_go_together_is_refused(options, said):
 @pytest.mark.parametrize(
     ("adversary", "attack", "said"),
     [
-        ("student", {"random_start": False}, "no slope"),
-        ("student", {"name": "n-fgsm", "noise": 0}, "no slope"),
-        ("student", {"name": "free", "replay": 2}, "another loss"),
+        ("kl", {"random_start": False}, "no slope"),
+        ("features", {"name": "n-fgsm", "noise": 0}, "no slope"),
+        ("kl", {"name": "free", "replay": 2}, "another loss"),
         ("guide", {"name": "free", "replay": 2}, "another loss"),
     ],
 )

@@ -17,7 +17,8 @@ AVERAGE = "average"  # its name among a method's models
 
 
 def with_average(models: dict[str, VLM], recipe: Recipe) -> dict[str, VLM]:
-    """The models with `average` among them, a frozen copy of what learns in the student, when the recipe asks for one.
+    """The models with `average` among them, a frozen copy of what learns in the student, when the recipe asks for one;
+    of low-rank updates A and B are averaged, not their product.
     Raises UserError for a student of prompts that is to be interpolated: prompts begin nowhere."""
     student = models["student"]
     if recipe.interpolate < 1 and student.learned == ("prompts.",):

@@ -15,6 +15,10 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 TRAINABLE = ("text-prompts", "image-prompts", "prompts", "low-rank", "image-tower")
 GUIDES, IMAGES = ("none", "frozen", "online", "average"), ("none", "clean", "adversarial", "both")
 WEIGHTS = ("constant", "confidence")
+RAISED: dict[str, tuple[str, Distance | None] | None] = {  # by x': which part of an answer, how far from a target
+    "ce": ("logits", None), "kl": ("logits", kl), "features": ("features", squared_l2), "guide": None
+}  # fmt: skip
+RAISES = tuple(RAISED)
 SEEN = {"logits": "logits", "features": "features", "relations": "logits"}  # what of an answer is matched
 
 

@@ -134,8 +134,9 @@ def check_together(name: str, method: Method, recipe: Recipe, attack: Attack) ->
     if getattr(method, "guide", "") == "average" and not recipe.average:
         raise UserError(f"method {name}: guide=average needs the weights' average: add -o average=0.99")
     adversary = getattr(method, "adversary", "ce")
-    if adversary == "student" and not (getattr(attack, "random_start", True) and getattr(attack, "noise", True)):
-        raise UserError(f"method {name}: D(f(x), f(x')) has no slope at x itself; leave the attack its random start")
+    starts = getattr(attack, "random_start", True) and getattr(attack, "noise", True)
+    if adversary in ("kl", "features") and not starts:
+        raise UserError(f"method {name}: adversary={adversary} has no slope at x; leave the attack its random start")
     if isinstance(attack, PGD):
         return
     attacker = getattr(method, "attacker", "")

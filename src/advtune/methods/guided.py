@@ -14,7 +14,7 @@ from advtune.attacks import PGD, PGD2, Attack
 from advtune.averaging import AVERAGE
 from advtune.data import Task
 from advtune.errors import UserError
-from advtune.guidance import GUIDES, IMAGES, SEEN, TRAINABLE, WEIGHTS, answers, distance, learner
+from advtune.guidance import GUIDES, IMAGES, RAISED, RAISES, SEEN, TRAINABLE, WEIGHTS, answers, distance, learner
 from advtune.losses import confidence, cross_entropy
 from advtune.options import check, option
 from advtune.prompts import COUPLINGS
@@ -43,7 +43,7 @@ class Guided:
     consistency: float = option(1.0, "weight of the student's own consistency", low=0)
     weight: str = option("constant", "w: 1, or CAPT's p_g(y|x) / (p_g(y|x) + p_f(y|x))", choices=WEIGHTS)
     ce: str = option("adversarial", "images of the cross-entropy; both: the mean of the two", choices=IMAGES)
-    adversary: str = option("ce", "x' raises CE, D(f(x), f(x')) or D(g(x), f(x'))", choices=("ce", "student", "guide"))
+    adversary: str = option("ce", "x' raises CE, KL(f(x) || f(x')), |e(x) - e(x')|^2, D(g(x), f(x'))", choices=RAISES)
     prompt_length: int = option(2, "prompt tokens in a tower, the online guide's too", low=1)
     depth: int = option(9, "layers with prompts; cut to each tower's depth", low=1)
     coupling: str = option("independent", "how prompts of both towers depend on each other", choices=COUPLINGS)
@@ -87,11 +87,10 @@ class Guided:
         f = answers(models, batch, "student")
         g = f if self.guide == "none" else answers(models, batch, AVERAGE if self.guide == "average" else "guide")
         clean, guide = cache(lambda: f(x)), cache(lambda: batch.kept or g(x))  # at most once each, when asked for
-        if self.adversary == "ce":
-            x_adv = attack(lambda v: f(v)["logits"], x, y)
-        else:
-            target = (clean if self.adversary == "student" else guide)()[seen].detach()
-            x_adv = attack(lambda v: f(v)[seen], x, target, loss=lambda answer, to: d(to, answer))
+        of, apart = RAISED[self.adversary] or (seen, d)
+        target = {"ce": lambda: y, "guide": lambda: guide()[of]}.get(self.adversary, lambda: clean()[of])().detach()
+        how: dict[str, Any] = {} if apart is None else {"loss": lambda answer, to: apart(to, answer)}
+        x_adv = attack(lambda v: f(v)[of], x, target, **how)
         adversarial, terms = f(x_adv), dict[str, Tensor]()
         if self.ce != "none":
             shown = ([clean()] if self.ce != "adversarial" else []) + ([adversarial] if self.ce != "clean" else [])
