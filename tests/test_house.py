@@ -119,6 +119,13 @@ def test_the_results_page_is_what_the_rows_give():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_that_helps_to_choose_is_what_the_rows_give():
+    done = subprocess.run(
+        [sys.executable, "recipes/which_page.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_performance_page_is_what_the_lines_give():
     done = subprocess.run(
         [sys.executable, "benchmarks/performance_page.py", "--check"], cwd=ROOT, capture_output=True, text=True

@@ -1,0 +1,72 @@
+"""The table and the picture of docs/which-method.md: every method's place on clean and robust accuracy, from rows.
+
+Command:  python recipes/which_page.py   (--check: do page and rows agree?)
+Reads:    docs/results/offline-few-shot.jsonl, and of benchmarks/results/scale.json what a training image costs.
+All outside the two marks is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from advtune.methods import METHODS
+from advtune.report.plot import pareto, pictures, scatter_panels
+from advtune.report.table import table
+from advtune.results import Row, read, write_atomic
+
+ROOT = Path(__file__).parents[1]
+PAGE, PICTURE = ROOT / "docs" / "which-method.md", ROOT / "docs" / "assets" / "which-method.svg"
+ROWS, COUNTS = ROOT / "docs" / "results" / "offline-few-shot.jsonl", ROOT / "benchmarks" / "results" / "scale.json"
+MARK = re.compile(r"(<!-- which -->\n).*?(<!-- end -->)", re.DOTALL)
+NEAR, FAR = 1 / 255, 4 / 255
+NO_LABELS = ("fare",)
+
+
+def rows_at(eps: float) -> list[Row]:
+    return [row for row in read(ROWS) if row.attack and abs(row.attack["eps"] - eps) < 1e-9]
+
+
+def percent(line: dict[str, Any], kind: str) -> str:
+    spread = line[f"{kind}_sd"]
+    return f"{100 * line[f'{kind}_accuracy']:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+
+
+def lines() -> str:
+    """Markdown: a line a method, the most robust first; bold where no other is at least as good in both."""
+    near, far = ({line["method"]: line for line in table(rows_at(eps))} for eps in (NEAR, FAR))
+    counts = json.loads(COUNTS.read_text())["B/32"]
+    points = [(line["clean_accuracy"], line["robust_accuracy"]) for line in near.values()]
+    front = {name for i, name in enumerate(near) if i in pareto(points)}
+    out = [
+        "| method | trains | labels | clean | 1/255 | 4/255 | GFLOP | kept |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in sorted(near, key=lambda name: -near[name]["robust_accuracy"]):
+        cost = f"{counts[name]['image'] / 1e9:.0f}" if name in counts else "-"
+        labels = "-" if name == "zero-shot" else "no" if name in NO_LABELS else "yes"
+        trains = "-" if name == "zero-shot" else METHODS[name].trains
+        accuracies = [percent(near[name], "clean"), percent(near[name], "robust"), percent(far[name], "robust")]
+        shown = f"**`{name}`**" if name in front else f"`{name}`"
+        out.append(f"| {' | '.join([shown, trains, labels, *accuracies, cost])} |")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    old = PAGE.read_text()
+    new = MARK.sub(lambda found: f"{found[1]}\n{lines()}\n\n{found[2]}", old)
+    if args.check:
+        sys.exit(0 if new == old and PICTURE.is_file() else f"{PAGE} is not what the rows give: python {sys.argv[0]}")
+    write_atomic(PICTURE, pictures(scatter_panels(rows_at(NEAR)), ["svg"])["svg"])
+    write_atomic(PAGE, new)
+
+
+if __name__ == "__main__":
+    main()
