@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ranks
-from advtune import distributed, evaluation, withstand
+from advtune import distributed, ending, evaluation, withstand
+from advtune.arguments import build
 from advtune.attacks import PGD
 from advtune.cli import main
 from advtune.data import Images
@@ -324,3 +325,27 @@ def test_torchrun(clip_folder, image_folder, tmp_path):
          "--batch-size", "5", "--json"], env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert json.loads(alone.stdout)["flags"] == row.flags
+
+
+@pytest.mark.parametrize(
+    ("here", "begins"),
+    [
+        (None, "advtune train tecoa"),
+        ("2", "torchrun --nproc-per-node 2 -m advtune train tecoa"),
+        (
+            "1",
+            "torchrun ... -m advtune train tecoa",
+        ),  # of two machines, whose flags nobody here knows
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_was_given(here, begins, monkeypatch, tmp_path):
+    for name, value in GOOD.items():
+        monkeypatch.setenv(name, value) if here else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here or "1")
+    words = ["train", "tecoa", "--data", "cifar10", "--out", str(tmp_path / "run")]
+    args = build().parse_args(words)
+    before = ending.state(args)
+    assert ending.again(args, words, before) == f"{begins} --data cifar10 --out {tmp_path / 'run'}"
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "train.jsonl").write_text("{}\n")
+    assert ending.again(args, words, before).endswith(" --resume")

@@ -145,7 +145,16 @@ def again(args: argparse.Namespace, given: Sequence[str], before: tuple[int, ...
     if state(args) not in (before, ()):  # begun: --overwrite would begin anew
         words = [word for word in words if word not in ("--overwrite", "--resume")]
         words += ["--resume"] * (args.verb == "train")
-    return shlex.join(["advtune", *words])
+    return shlex.join([*program(), *words])
+
+
+def program() -> list[str]:
+    """How this process was started: by its name, or by torchrun as one of several, on several machines with flags of
+    theirs that it does not know."""
+    if not distributed.wanted():
+        return ["advtune"]
+    here, all_ = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ["WORLD_SIZE"]
+    return ["torchrun", *(["--nproc-per-node", here] if here == all_ else ["..."]), "-m", "advtune"]
 
 
 def said(error: OSError | KeyboardInterrupt, command: str) -> tuple[int, str]:
