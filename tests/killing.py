@@ -19,6 +19,8 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts its pool at once
+
 import torch
 
 torch.set_num_threads(1)
