@@ -61,6 +61,7 @@ def test_a_minute_of_everything(tmp_path):
     assert found["requests"]["failed"] == 0, found["broken"]
     assert found["requests"]["answered"] >= 3
     assert found["cycles"] >= 1
-    assert found["seen"]["page temporary"]["most"] < 1e6, "uploads are not kept"
+    # Two of three requests send some 20 kB, which lie there once, for the ten minutes that a page keeps them.
+    assert found["seen"]["page temporary"]["most"] < 2e4 * found["requests"]["answered"]
     short = ("memory", "open files")  # are not settled yet
     assert [each for each in found["broken"] if not any(word in each for word in short)] == [], done.stdout
