@@ -1,7 +1,7 @@
 """The design space of guided tuning, a stage at a time, on validation images alone.
 
 Command:  ADVTUNE_DATA=../shared/data python recipes/design_space.py --stage trainable --out runs/design-space
-          then --stage guide, adversary, weights; each stage begins from what CHOSEN says of those before it.
+          then --stage baselines, guide, adversary, weights; each stage begins from what CHOSEN says of those before it.
 Hardware: two CPU cores, about an hour a stage; minutes on an accelerator. Resumable: call it again.
 Reads:    cifar10 and fashion-mnist, 16 images a class of the `fit` part of their training images; 200 of the `val` part
           to score, clean and PGD-20 at 1/255. Test images are not touched.
@@ -32,10 +32,9 @@ Options = Mapping[str, Any]
 
 # What stages before decided, from the log; a stage's candidates are laid over it.
 CHOSEN: dict[str, Options] = {
-    "trainable": {},
-    "guide": {"trainable": "low-rank", "lr": 1e-3},
-    "adversary": {"trainable": "low-rank", "lr": 1e-3},
-    "weights": {"trainable": "low-rank", "lr": 1e-3},
+    "guide": {"trainable": "low-rank", "lr": 3e-3},
+    "adversary": {"trainable": "low-rank", "lr": 3e-3},
+    "weights": {"trainable": "low-rank", "lr": 3e-3},
 }
 RATES = {
     "text-prompts": ("sgd", (0.02, 0.1)), "image-prompts": ("sgd", (0.02, 0.1)), "prompts": ("sgd", (0.02, 0.1)),
@@ -81,14 +80,22 @@ def weights() -> dict[str, Options]:
     return found | {f"rank {rank}": {"rank": rank} for rank in (2, 32)}
 
 
-STAGES = {"trainable": trainable, "guide": guide, "adversary": adversary, "weights": weights}
+def baselines() -> dict[str, Options]:
+    """What is to be beaten, at the rates of docs/log.md and as many epochs."""
+    prompts = {name: {"method": name, "lr": 0.1} for name in ("capt", "apd", "fap", "advmaple", "advvlp")}
+    towers = {"tecoa": 1e-3, "pmg-aft": 1e-3, "tga-zsr": 3e-3}
+    return prompts | {name: {"method": name, "lr": rate, "batch_size": 16} for name, rate in towers.items()}
+
+
+STAGES = {"baselines": baselines, "trainable": trainable, "guide": guide, "adversary": adversary, "weights": weights}
 
 
 def run(stage: str, label: str, options: Options, data: str, seed: int) -> Run:
-    own = {**SHORT, **CHOSEN[stage], **options}
+    own = {**SHORT, **CHOSEN.get(stage, {}), **options}
+    method = own.pop("method", "guided")
     attack = {"eps": 1 / 255, **own.pop("attack", {})}
     return Run(
-        "guided", data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=16, seed=seed,
+        method, data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=16, seed=seed,
         epochs=EPOCHS, options=own, train_attack=attack, label=f"{stage} {label}",
     )  # fmt: skip
 
