@@ -91,6 +91,22 @@ def write_images(folder: Path, classes=("red", "green", "blue"), train=6, test=4
     return folder
 
 
+def killed_at(step, monkeypatch):
+    """Tuning is interrupted before the end of this step, counted from 1; the list grows with every step."""
+    from advtune import train
+
+    real, calls = train.update, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "update", killed)
+    return calls
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache or data."""

@@ -17,6 +17,7 @@ from advtune.methods import configure
 from advtune.protocols import Run
 from advtune.train import tune
 from backbones import write_openai
+from conftest import killed_at
 from test_equations import SCALE, B, C, Y, ce, check, gradients, kl, softmax
 from test_equations_baselines import Spy, Towers, numbers, run, unit
 
@@ -300,15 +301,7 @@ def test_an_average_is_resumed_to_the_same_bits(options, vlm, task, tmp_path, mo
     how = dict(shots=4, epochs=3, options={**LEARN, "average": 0.9, **options}, show=False)
     whole = tune("guided", vlm, task, out=tmp_path / "whole", **how).delta()
     monkeypatch.setattr(checkpoint, "SECONDS", 0)
-    real, calls = train.update, []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", killed)
+    calls = killed_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tune("guided", vlm, task, out=tmp_path / "cut", **how)
     resumed = tune("guided", vlm, task, out=tmp_path / "cut", resume=True, **how).delta()

@@ -12,6 +12,7 @@ from advtune import checkpoint, runs, train
 from advtune.augment import crop_and_flip
 from advtune.errors import UserError
 from advtune.recipe import Recipe
+from conftest import killed_at
 
 FAST = {"lr": 0.02, "warmup_epochs": 0, "batch_size": 4}
 
@@ -95,21 +96,9 @@ def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):
         train.tune("apd", vlm, task, resume=True, **how)
 
 
-def killed_at_the_second_step(monkeypatch):
-    real, calls = train.update, []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", killed)
-
-
 def test_a_checkpoint_of_another_version_is_refused(vlm, task, tmp_path, monkeypatch):
     how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
-    killed_at_the_second_step(monkeypatch)
+    killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.tune("capt", vlm, task, **how)
     path = tmp_path / "run.partial" / "checkpoint.pt"
@@ -131,7 +120,7 @@ def test_what_fails_while_preparing_leaves_nothing(vlm, task, tmp_path):
 def test_an_interrupted_overwrite_goes_on(vlm, task, tmp_path, monkeypatch):
     how = dict(shots=2, epochs=2, options=FAST, out=tmp_path / "run", show=False)
     train.tune("capt", vlm, task, **how)
-    killed_at_the_second_step(monkeypatch)
+    killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train.tune("capt", vlm, task, seed=1, overwrite=True, **how)
     assert runs.read_config(tmp_path / "run")["train"]["seed"] == 0  # the old run stands until the new is done

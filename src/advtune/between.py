@@ -14,6 +14,7 @@ from advtune.disk import alone
 from advtune.errors import UserError
 from advtune.options import parse_float
 from advtune.results import said, write_atomic
+from advtune.vlm import VLM
 
 
 def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite: bool = False) -> dict[str, Any]:
@@ -41,9 +42,9 @@ def between(run: str, shares: Sequence[str | float], out: str | Path, overwrite:
         raise UserError(f"{run}: {config['method']} learned prompts, which have no original to go back to")
     base = runs.load(runs.backbone_of(folder, config), "cpu", "fp32")
     for share, place in places.items():
-        tuned = runs.load(run, "cpu", "fp32")
-        interpolate(base, tuned, share)
-        write(folder, tuned, base, share, partials[share], place)
+        part = base.with_delta(tuned.delta())
+        interpolate(base, part, share)
+        write(folder, config, part, base, share, partials[share], place)
     lines = [f"{place}: {100 * share:g} % of the way from the original to {run}" for share, place in places.items()]
     data = config["train"]["spec"]
     last = shlex.join(["advtune", "evaluate", str(places[found[-1]]), "--data", data, "--attack", "pgd"])
@@ -61,9 +62,10 @@ def check_share(text: str | float) -> float:
     return share
 
 
-def write(folder: Path, tuned: Any, base: Any, share: float, partial: Path, out: Path) -> None:
-    """The new run: the old run's files, but for the weights and what config.json says of them."""
-    old = runs.read_config(folder)
+def write(
+    folder: Path, old: dict[str, Any], tuned: VLM, base: VLM, share: float, partial: Path, out: Path
+) -> None:  # fmt: skip
+    """The new run: the old run's files, but for the weights and what config.json, `old`, says of them."""
     recipe = said(old["recipe"])
     config = old | {"recipe": recipe | {"interpolate": recipe["interpolate"] * share}}
     config["backbone"] = old["backbone"] | {"path": runs.path_from(out, runs.backbone_of(folder, old))}
