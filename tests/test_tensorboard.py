@@ -10,7 +10,8 @@ from advtune import checkpoint, train
 from advtune.cli import main
 from advtune.errors import UserError
 from advtune.tensorboard import Board
-from test_train import FAST, killed_at_the_second_step
+from conftest import killed_at
+from test_train import FAST
 
 EVENTS = "events.out.tfevents.*"
 
@@ -53,7 +54,7 @@ def test_terms_by_name_sum_and_learning_rate(vlm, task, how):
 def test_a_resumed_run_has_every_step_once(since, every, vlm, task, how, monkeypatch):
     monkeypatch.setattr(checkpoint, "SECONDS", every)
     with monkeypatch.context() as patch:
-        killed_at_the_second_step(patch)
+        killed_at(2, patch)
         first = how if since == "the start" else how | {"tensorboard": None}
         with pytest.raises(KeyboardInterrupt):
             train.tune("capt", vlm, task, **first)
