@@ -300,6 +300,37 @@ def test_a_process_goes_in_its_turn_and_does_not_wait_for_one_that_has_ended(mon
     assert done == [0, 1]
 
 
+LEFT = """
+import os
+from advtune import distributed
+distributed.start("cpu")
+import torch._dynamo
+distributed.gather(distributed.rank())
+distributed.stop()
+places = [f"/proc/self/task/{each}/comm" for each in os.listdir("/proc/self/task")]
+print([open(each).read().strip() for each in places if os.path.exists(each)])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_group_is_left_when_it_has_stopped():
+    """One that is left when Python ends aborts the process, now and then: whoever holds the group keeps it."""
+    where = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", LEFT], env=environment(RANK=rank, LOCAL_RANK=rank, **where),
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        said = [each.communicate(timeout=120) for each in processes]
+    for text, wrong in said:
+        assert "python" in text and "gloo" not in text and "tcpstore" not in text, text + wrong
+
+
 @pytest.mark.slow
 def test_torchrun(clip_folder, image_folder, tmp_path):
     """The command line of docs/scale.md: train, evaluate, refuse, and a process that is killed."""
