@@ -311,9 +311,9 @@ distributed.stop()
 def threads():
     return [place.read_text().strip() for place in Path("/proc/self/task").glob("*/comm")]
 end = time.monotonic() + 20  # the system lists a thread a little longer than it lives
-while any("gloo" in name or "tcpstore" in name for name in (found := threads())) and time.monotonic() < end:
+while any("gloo" in name or "tcpstore" in name for name in threads()) and time.monotonic() < end:
     time.sleep(0.1)
-print(found)
+print(threads())
 """
 
 
