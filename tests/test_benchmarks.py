@@ -3,9 +3,9 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -95,21 +95,23 @@ def test_half_the_images_where_the_memory_does_not_do(monkeypatch):
 
 def test_a_part_ends_with_its_minutes_and_keeps_what_it_has(monkeypatch, tmp_path):
     gpu = module("gpu", monkeypatch)
-    kept = []
+    kept, clock = [], []
+    monkeypatch.setattr(gpu.signal, "setitimer", lambda *how: clock.append(how))  # it rings when it is told to
 
     def endless(bench):
         for number in range(20):
             bench.keep("endless", {"number": number})
             try:
-                time.sleep(0.2)
+                signal.raise_signal(signal.SIGALRM)
             except Exception:
                 kept.append("the clock was not heard")
 
-    arguments = gpu.argparse.Namespace(minutes=0.001, small=True)
+    arguments = gpu.argparse.Namespace(minutes=0.5, small=True)
     bench = gpu.Bench(arguments, torch.device("cpu"), lambda part, row: kept.append((part, row)))
     monkeypatch.setitem(gpu.PARTS, "endless", endless)
-    assert gpu.run(bench, "endless").startswith("time")
+    assert gpu.run(bench, "endless") == "time: stopped after 0.5 minutes"
     assert kept == [("endless", {"number": 0})]
+    assert clock == [(signal.ITIMER_REAL, 30), (signal.ITIMER_REAL, 0)]
 
 
 @pytest.mark.slow

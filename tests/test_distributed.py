@@ -348,11 +348,13 @@ def test_no_thread_of_the_group_is_left_when_it_has_stopped():
 def test_torchrun(clip_folder, image_folder, tmp_path):
     """The command line of docs/scale.md: train, evaluate, refuse, and a process that is killed."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    data = ["--backbone", str(clip_folder), "--data", f"folder:{image_folder}", "--device", "cpu", "--precision", "fp32"]
+    how = ["--device", "cpu", "--precision", "fp32"]
+    data = ["--backbone", str(clip_folder), "--data", f"folder:{image_folder}", *how]
     out, env = str(tmp_path / "run"), environment(ADVTUNE_CACHE=tmp_path / "cache")
 
     def do(*arguments):
-        return subprocess.run([*run, "-m", "advtune", *arguments], env=env, capture_output=True, text=True, timeout=LONG)
+        given = [*run, "-m", "advtune", *arguments]
+        return subprocess.run(given, env=env, capture_output=True, text=True, timeout=LONG)
 
     train = ["train", "tecoa", *data, "--epochs", "2", "-o", "batch_size=4", "--out", out]
     done = do(*train)

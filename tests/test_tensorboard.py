@@ -17,7 +17,11 @@ EVENTS = "events.out.tfevents.*"
 
 
 @pytest.fixture
-def how(tmp_path):
+def how(tmp_path, monkeypatch):
+    from tensorboard.summary.writer import event_file_writer
+
+    # Files of one second are read in the order of their numbers as text: 10 would come before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     return dict(shots=2, epochs=3, options=FAST, out=tmp_path / "run", tensorboard=tmp_path / "curves", show=False)
 
 
