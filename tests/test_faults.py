@@ -218,7 +218,7 @@ print("lived", len(asked))
 """
 
 
-@pytest.mark.parametrize(("what", "code"), [("ctrl-c 0.6 ctrl-c", -signal.SIGINT), ("ctrl-c ctrl-c 0.6", 0)])
+@pytest.mark.parametrize(("what", "code"), [("ctrl-c 0.6 ctrl-c", -signal.SIGINT), ("ctrl-c 0.1 ctrl-c 0.6", 0)])
 def test_a_second_ctrl_c_ends_at_once(what, code):
     """One that comes with the first, as launchers pass it on, is the same one."""
     done = subprocess.run([sys.executable, "-c", SECOND, *what.split()], capture_output=True, text=True)
