@@ -23,7 +23,7 @@ def program():
 class Tab:
     """A page in a browser. `requested`: every address it asked for. `said`: what its console complained of."""
 
-    def __init__(self, folder, seconds=120):
+    def __init__(self, folder, seconds=600):
         ours, theirs = os.pipe(), os.pipe()
 
         def connect():  # the browser reads its orders from 3 and writes its answers to 4

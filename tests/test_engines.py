@@ -529,7 +529,7 @@ def test_an_interrupt_cancels_the_tasks_and_says_how_to_go_on(study, ray, marker
     whole, out = tmp_path / "whole", tmp_path / "ray"
     run_study(study, whole, show=False)
     (markers / "wait").touch()
-    monkeypatch.setattr("advtune.engines.ray.GRACE", 5)
+    monkeypatch.setattr("advtune.engines.ray.GRACE", 60)
     wait, asked = ray.wait, []
 
     def interrupted(refs, **how):
@@ -558,7 +558,7 @@ def test_an_interrupt_cancels_the_tasks_and_says_how_to_go_on(study, ray, marker
 @pytest.mark.slow
 def test_a_task_that_does_not_listen_is_ended(study, ray, markers, tmp_path, monkeypatch):
     (markers / "wait-deaf").touch()
-    monkeypatch.setattr("advtune.engines.ray.GRACE", 3)
+    monkeypatch.setattr("advtune.engines.ray.GRACE", 10)
     wait, run = ray.wait, plan(study)[1]
 
     def interrupted(refs, **how):
