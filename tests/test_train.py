@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,24 @@ def test_resume_equals_uninterrupted_bit_for_bit(method, vlm, task, tmp_path, mo
     assert len(calls) == 5 + 5  # nine steps in all, four of them not repeated
     for name in ("delta.safetensors", "train.jsonl", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_the_first_step_is_saved_on_a_machine_that_has_just_started(vlm, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 1.0))
+    real, calls = train.update, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("as if the machine had stopped")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "update", broken)
+    how = dict(shots=4, epochs=3, options=FAST, out=tmp_path / "run", show=False)
+    with pytest.raises(RuntimeError, match="as if"):
+        train.tune("capt", vlm, task, **how)
+    train.tune("capt", vlm, task, resume=True, **how)
+    assert len(calls) == 3 + 8  # nine steps in all, the first of them not repeated
 
 
 def test_resuming_a_finished_run_loads_it(vlm, task, tmp_path, monkeypatch):

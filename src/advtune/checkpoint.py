@@ -135,7 +135,7 @@ class Log:
     def __init__(self, folder: Path | None, config: Mapping[str, Any], resume: bool, board: Board | None = None):
         self.folder, self.config, self.board = folder, config, board
         self.resume = resume and folder is not None and (folder / runs.CONFIG).is_file()
-        self.saved, self.crc, self.stack = 0.0, 0, ExitStack()
+        self.saved, self.crc, self.stack = float("-inf"), 0, ExitStack()
         self.asked: ending.Asked = []
         self.now: tuple[int, Mapping[str, Tensor], torch.optim.Optimizer] | None = None
 
