@@ -85,7 +85,7 @@ def main() -> None:
         begin, f.images = time.monotonic(), 0
         other = theirs(f, x, y, name, eps, args.norm, args.batch_size) & clean
         line = {
-            "time": now(), "model": args.model, "method": model.run.get("method", "zero-shot"),
+            "time": now(), "model": Path(args.model).name, "method": model.run.get("method", "zero-shot"),
             "backbone_sha256": model.origin.sha256, "data": args.data, "data_sha256": images.sha256,
             "attack": name, "norm": args.norm, "eps": eps, "batch_size": args.batch_size,
             "clean": accuracy(clean.tolist()), "ours": accuracy(ours.tolist()) | our_cost,
