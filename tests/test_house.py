@@ -72,7 +72,7 @@ def test_no_unsafe_load_and_no_machine_paths():
     for name in tracked:
         path = ROOT / name
         if (
-            path.suffix in (".py", ".md", ".toml", ".json", ".txt", ".sh")
+            path.suffix in (".py", ".md", ".toml", ".json", ".jsonl", ".txt", ".sh")
             and path.is_file()
             and path.name != "tokenizer.json"
         ):
