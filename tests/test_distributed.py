@@ -47,20 +47,24 @@ def environment(**more):
     return kept | fixed | {name: str(value) for name, value in more.items()}
 
 
+def two(command, **more):
+    """What each of two processes of one job prints and complains of."""
+    where = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), **more)
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            env = environment(RANK=rank, LOCAL_RANK=rank, **where)
+            processes.append(stack.enter_context(subprocess.Popen(command, env=env, **pipes)))
+        return [each.communicate(timeout=LONG) for each in processes]
+
+
 @pytest.fixture(scope="module")
 def both(clip_folder, image_folder, tmp_path_factory):
     """What two gloo processes found, where they wrote, and what each said."""
     out = tmp_path_factory.mktemp("both")
     command = [sys.executable, ranks.__file__, str(clip_folder), str(image_folder), str(out)]
-    port = free_port()
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            env = environment(**where, ADVTUNE_CACHE=out / "cache", ADVTUNE_TIMEOUT=LONG)
-            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            processes.append(stack.enter_context(subprocess.Popen(command, env=env, **pipes)))
-        said = [each.communicate(timeout=LONG) for each in processes]
+    said = two(command, ADVTUNE_CACHE=out / "cache", ADVTUNE_TIMEOUT=LONG)
     assert all((out / f"{rank}.pt").is_file() for rank in range(2)), said[0][1] + said[1][1]
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2)], out, said
 
@@ -328,19 +332,7 @@ print(threads())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_thread_of_the_group_is_left_when_it_has_stopped():
     """One that is left when Python ends aborts the process, now and then: whoever holds the group keeps it."""
-    where = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", LEFT], env=environment(RANK=rank, LOCAL_RANK=rank, **where),
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                )
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        said = [each.communicate(timeout=LONG) for each in processes]
-    for text, wrong in said:
+    for text, wrong in two([sys.executable, "-c", LEFT]):
         assert "python" in text and "gloo" not in text and "tcpstore" not in text, text + wrong
 
 

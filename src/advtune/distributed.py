@@ -103,11 +103,11 @@ def start(device: str = "auto") -> None:
     import torch
     import torch.distributed as dist
 
-    if dist.is_available():
-        import torch.distributed.nn  # imported later (by torch._dynamo), its defaults keep the group, and its threads
     wait, gpu = timeout(), device != "cpu" and torch.cuda.is_available()
     if not dist.is_available():
         raise UserError("this build of torch knows one process only; install another, or go without torchrun")
+    import torch.distributed.nn  # imported later (by torch._dynamo), its defaults keep the group, and its threads
+
     if gpu:
         check_gpu(device, place, torch.cuda.device_count())
         torch.cuda.set_device(place.local)
