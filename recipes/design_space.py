@@ -1,11 +1,14 @@
 """The design space of guided tuning, a stage at a time, on validation images alone.
 
 Command:  ADVTUNE_DATA=../shared/data python recipes/design_space.py --stage trainable --out runs/design-space
-          then --stage baselines, guide, adversary, weights; each stage begins from what CHOSEN says of those before it.
+          then --stage baselines, guide, adversary, weights; each stage begins from what CHOSEN says of those before it;
+          --stage transfer stands alone.
 Hardware: two CPU cores, about an hour a stage; minutes on an accelerator. Resumable: call it again.
 Reads:    cifar10 and fashion-mnist, 16 images a class of the `fit` part of their training images; 200 of the `val` part
-          to score, clean and PGD-20 at 1/255. Test images are not touched.
-Budget:   every candidate sees the images as often as CAPT and APD do here: 5 epochs. docs/scale.md counts a step.
+          to score, clean and PGD-20 at 1/255. transfer tunes on tinyimagenet and scores there and on grocery, a set
+          that no claim is made on. Test images are not touched.
+Budget:   every candidate sees the images as often as CAPT and APD do here: 5 epochs; in transfer 4,000 images once.
+          docs/scale.md counts a step.
 Obtained: docs/log.md, every candidate, those that failed too.
 """
 
@@ -24,6 +27,7 @@ from advtune.protocols import Run, Slice
 from advtune.results import mean_and_spread
 
 DATA = ("cifar10", "fashion-mnist")
+TRANSFER, UNSEEN, IMAGES = "tinyimagenet", ("grocery",), 4000
 ATTACK = PGD(eps=1 / 255, steps=20)
 EPOCHS = 5
 SHORT = {"batch_size": 8, "augment": False}
@@ -87,13 +91,42 @@ def baselines() -> dict[str, Options]:
     return prompts | {name: {"method": name, "lr": rate, "batch_size": 16} for name, rate in towers.items()}
 
 
-STAGES = {"baselines": baselines, "trainable": trainable, "guide": guide, "adversary": adversary, "weights": weights}
+def transfer() -> dict[str, Options]:
+    """Towers tuned on one set, for others: what is to be beaten, at two rates each, and what is ours."""
+    sgd = {"optimizer": "sgd", "batch_size": 32}
+    towers = ("tecoa", "pmg-aft", "tga-zsr", "agft")
+    found: dict[str, Options] = {
+        f"{name} lr={lr:g}": {"method": name, "lr": lr, **sgd} for name in towers for lr in (1e-3, 3e-3)
+    }
+    found |= {f"fare lr={lr:g}": {"method": "fare", "lr": lr, "batch_size": 32} for lr in (3e-5, 1e-4)}
+    guides = {
+        "plain": PLAIN,
+        "consistency": {"guide": "none"},
+        "clean guide": {},
+        "adversarial guide": {"sees": "adversarial"},
+    }
+    for (what, rates), (name, guide) in product(
+        (("low-rank", (1e-3, 3e-3)), ("image-tower", (1e-5, 3e-5, 1e-4))), guides.items()
+    ):
+        for lr in rates:
+            found[f"{what} lr={lr:g}, {name}"] = {"trainable": what, "lr": lr, "batch_size": 32, **guide}
+    return found
+
+
+STAGES = {"baselines": baselines, "trainable": trainable, "guide": guide, "adversary": adversary, "weights": weights,
+          "transfer": transfer}  # fmt: skip
 
 
 def run(stage: str, label: str, options: Options, data: str, seed: int) -> Run:
     own = {**SHORT, **CHOSEN.get(stage, {}), **options}
     method = own.pop("method", "guided")
     attack = {"eps": 1 / 255, **own.pop("attack", {})}
+    if stage == "transfer":
+        slices = tuple(Slice(name, part="val", limit=200) for name in (TRANSFER, *UNSEEN))
+        return Run(
+            method, TRANSFER, slices, (ATTACK,), part="fit", limit=IMAGES, seed=seed, epochs=1, options=own,
+            train_attack=attack, label=f"{stage} {label}",
+        )  # fmt: skip
     return Run(
         method, data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=16, seed=seed,
         epochs=EPOCHS, options=own, train_attack=attack, label=f"{stage} {label}",
@@ -110,11 +143,12 @@ def main() -> None:
     args = parser.parse_args()
     candidates = {n: o for n, o in STAGES[args.stage]().items() if not args.only or n in args.only}
     failed = 0
+    tuned, tested = ((TRANSFER,), (TRANSFER, *UNSEEN)) if args.stage == "transfer" else (args.data, args.data)
     for label, options in candidates.items():
-        wanted = [run(args.stage, label, options, data, seed) for data in args.data for seed in range(args.seeds)]
+        wanted = [run(args.stage, label, options, data, seed) for data in tuned for seed in range(args.seeds)]
         outcome = work(wanted, args.out)
         failed += len(outcome.failed)
-        for data in args.data:
+        for data in tested:
             of = [row for row in outcome.rows if row.data["name"] == data and row.robust]
             if of:
                 clean, robust = (

@@ -1,9 +1,12 @@
-"""The tables of docs/results.md, from the rows in docs/results: what stands between two marks there is written anew.
+"""The tables and the picture of docs/results.md, from the rows in docs/results: what stands between two marks there is
+written anew.
 
 Command:  python recipes/results_page.py --take runs/offline-few-shot   (--check: do page and rows agree?)
---take copies the rows of a study's folder to docs/results, under the folder's name, before the page is written.
-A mark is a line `<!-- table FILE -->`, FILE one of docs/results/*.jsonl; the table ends at `<!-- end -->`. All else is
-written by hand.
+--take adds the rows of a study's folder to docs/results, under the folder's name, before the page is written; of an
+evaluation that was made twice the latest counts.
+A mark is a line `<!-- KIND FILE ... -->`, FILE one of docs/results/*.jsonl, and what it makes ends at `<!-- end -->`:
+table (a line a method), halves (base and new classes, harmonic means), curve (a line a method, a column an eps, and a
+picture), rankings (what papers put first, tested on our images). All else is written by hand.
 """
 
 from __future__ import annotations
@@ -11,47 +14,163 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from advtune.comparison import compare
 from advtune.methods import METHODS
-from advtune.report.table import group_by, pixels, table
-from advtune.results import read, write_atomic
+from advtune.report.figures import eps_panels
+from advtune.report.harmonic import harmonic_means, harmonic_table
+from advtune.report.plot import pictures
+from advtune.report.published import published
+from advtune.report.table import group_by, latest, pixels, table
+from advtune.results import Row, read, write_atomic
 
 ROOT = Path(__file__).parents[1]
-PAGE, ROWS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
-MARK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGE, ROWS, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results", ROOT / "docs" / "assets"
+MARK = re.compile(r"(<!-- (table|halves|curve|rankings) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ORDER = list(METHODS)
 Line = dict[str, Any]
 
+# What a paper puts first: its table, the two methods, and what of the published rows and of ours is compared.
+RANKINGS: list[tuple[str, str, str, str, dict[str, Any]]] = [
+    ("fap", "few-shot", "fap", "advmaple", {"shots": 16}),
+    ("fap", "few-shot", "fap", "advvlp", {"shots": 16}),
+    ("fap", "few-shot", "fap", "advvlp", {"shots": 4}),
+    ("fap", "few-shot", "advvlp", "fap", {"shots": 1}),
+    ("fap", "few-shot", "advmaple", "advvlp", {"shots": 16}),
+    ("fap", "few-shot", "advvlp", "advvp", {"shots": 16}),
+    ("fap", "few-shot", "advvp", "apt", {"shots": 16}),
+    ("fap", "base-to-new", "fap", "advvlp", {"shots": 16, "subset": "base"}),
+    ("fap", "base-to-new", "fap", "advvlp", {"shots": 16, "subset": "new"}),
+    ("fap", "base-to-new", "fap", "advmaple", {"shots": 16, "subset": "base"}),
+    ("fap", "base-to-new", "fap", "advmaple", {"shots": 16, "subset": "new"}),
+    ("pmg-aft", "transfer", "pmg-aft", "tecoa", {}),
+    ("tga-zsr", "transfer", "pmg-aft", "tecoa", {}),
+    ("tga-zsr", "transfer", "tga-zsr", "tecoa", {}),
+    ("tga-zsr", "transfer", "tga-zsr", "pmg-aft", {}),
+    ("tga-zsr", "transfer", "tecoa", "fare", {}),
+]
 
-def tables(name: str) -> str:
-    """One table for each data set and size, as Markdown: a line a method, a column for clean and for each attack."""
-    lines = table(read(ROWS / name))
+
+def tables(names: Sequence[str]) -> str:
+    """One table for each data set, size and amount of training images, as Markdown: a line a method, a column for clean
+    and for each attack."""
     texts = []
-    for lines_of in group_by(lines, lambda line: (line["backbone"], line["dataset"], subset(line), line["n"])).values():
-        first = lines_of[0]
-        kind = "" if subset(first) == "all" else f", {subset(first)} classes"
-        backbone = first["backbone"].rpartition("/")[2]
-        texts.append(f"**{first['dataset']}{kind}**, {backbone}, n = {first['n']}\n\n{grid(lines_of)}")
+    lines = table(rows_of(names))
+    for (_, dataset, half, n), of_set in by(lines, "backbone", "dataset", subset, "n"):
+        untuned = [line for line in of_set if line["train"] is None]
+        amounts = group_by([line for line in of_set if line["train"]], tuned_on)
+        for amount, own in sorted(amounts.items(), key=lambda item: item[1][0]["train_shots"] or 0):
+            name = of_set[0]["backbone"].rpartition("/")[2]
+            what = dataset if half == "all" else f"{dataset}, {half} classes"
+            texts.append(f"**{what}**, tuned on {amount}, {name}, n = {n}\n\n{grid([*untuned, *own])}")
     return "\n\n".join(texts)
 
 
 def grid(lines: list[Line]) -> str:
     attacks = list(group_by([line for line in lines if line["attack"]], attack))
     attacks.sort(key=lambda name: (name[0] == "autoattack", name[1]))
-    head = ["Method", "Tuned on", "Seeds", "Clean", *(f"{name} {pixels(eps)}" for name, eps, _ in attacks)]
-    out = [head, ["---", "---", "---:", *(["---:"] * (len(attacks) + 1))]]
-    order = list(METHODS)
-    lines = sorted(lines, key=lambda line: (order.index(line["method"]), line["train_shots"] or 0))
-    for (method, where), own in group_by(lines, lambda line: (mark(line), tuned_on(line))).items():
+    out = [["Method", "Seeds", "Clean", *(f"{name} {pixels(eps)}" for name, eps, _ in attacks)]]
+    lines = sorted(lines, key=lambda line: ORDER.index(line["method"]))
+    for method, own in group_by(lines, mark).items():
         most = max(own, key=lambda line: len(line["seeds"]))
-        cells = [method, where, str(len(most["seeds"])) if most["train"] else "-", shown(most, "clean")]
+        cells = [method, str(len(most["seeds"])) if most["train"] else "-", shown(most, "clean")]
         by_attack = {attack(line): line for line in own if line["attack"]}
         if len(by_attack) < len([line for line in own if line["attack"]]):
-            raise SystemExit(f"{method}, {where}: two settings in one line; keep variants out of these rows")
+            raise SystemExit(f"{method}: two settings in one line; keep variants out of these rows")
         cells += [shown(by_attack[each], "robust", most) if each in by_attack else "-" for each in attacks]
         out.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in out)
+    return markdown(out, words=1)
+
+
+def halves(names: Sequence[str]) -> str:
+    """Base and new classes, and the harmonic mean of the two; methods in the registry's order."""
+    found = sorted(harmonic_means(rows_of(names)), key=lambda line: ORDER.index(line["method"]))
+    return markdown(harmonic_table(found), words=2)
+
+
+def curve(names: Sequence[str]) -> str:
+    """A table with a column an eps, and a picture of it beside the page."""
+    rows = rows_of(names)
+    path = PICTURES / f"{Path(names[0]).stem}.svg"
+    write_atomic(path, pictures(eps_panels(rows), ["svg"])["svg"])
+    return f"{tables(names)}\n\n![Robust accuracy over eps](assets/{path.name})"
+
+
+def rankings(names: Sequence[str]) -> str:
+    """What papers put first, and whether our images tell it: the first less the second, in points."""
+    rows = rows_of(names)
+    out = [["Paper", "First > second", "Tuned on", "Published", "Ours on", "Robust, points", "Clean, points", "Robust"]]
+    for paper, name, first, second, facts in RANKINGS:
+        printed = [value(paper, name, method, facts) for method in (first, second)]
+        for data, pairs in group_by(paired(rows, first, second, facts), lambda each: each["robust"]["dataset"]).items():
+            for pair in pairs:
+                robust, clean = pair["robust"], pair["clean"]
+                where = f"{data}{'' if robust['subset'] == 'all' else ' ' + robust['subset']}, {pair['backbone']}, "
+                where += f"{robust['attack']}-{robust['steps']}, n {robust['n']}, {len(robust['pairs'])} seed"
+                amount = f"{facts['shots']} shot" if "shots" in facts else pair["train"]
+                gap = f"{printed[0] - printed[1]:+.1f}"
+                line = [paper, f"{first} > {second}", amount, gap, where]
+                out.append([*line, points(robust), points(clean), verdict(robust)])
+    return markdown(out, words=5)
+
+
+def paired(rows: Sequence[Row], first: str, second: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The comparisons of two methods under PGD at 1/255, first less second, on what `facts` asks for."""
+    found = []
+    wanted = [row for row in rows if row.attack and (row.attack["name"], pixels(row.attack["eps"])) == ("pgd", "1/255")]
+    wanted = [row for row in wanted if row.train and row.train["shots"] == facts.get("shots")]
+    wanted = [row for row in wanted if row.data.get("subset", "all") == facts.get("subset", "all")]
+    for _, own in by(wanted, lambda row: row.backbone["name"], lambda row: row.data["name"], limit):
+        sides = [[row for row in own if row.method == method] for method in (second, first)]
+        if not all(sides):
+            continue
+        two = {each["which"]: each for each in compare(*sides)}
+        found.append({**two, "backbone": own[0].backbone["name"].rpartition("/")[2], "train": trained(own[0])})
+    return found
+
+
+def limit(row: Row) -> Any:
+    return (row.clean["n"], (row.train or {}).get("limit"))
+
+
+def trained(row: Row) -> str:
+    train = row.train or {}
+    return f"{train['name']}, {train['n']:,} images"
+
+
+def value(paper: str, name: str, method: str, facts: dict[str, Any]) -> float:
+    """The published robust accuracy: the average over the paper's sets where there is one."""
+    rows = [row for row in published(paper) if row["table"] == name and row["method"] == method]
+    rows = [row for row in rows if all(row.get(key) == wanted for key, wanted in facts.items())]
+    return float(max(rows, key=lambda row: len(row["data"]))["robust"])
+
+
+def verdict(numbers: Line) -> str:
+    return "holds" if numbers["low"] > 0 else "the other way" if numbers["high"] < 0 else "within noise"
+
+
+def points(numbers: Line) -> str:
+    low, high = 100 * numbers["low"], 100 * numbers["high"]
+    return f"{100 * numbers['difference']:+.1f} \\[{low:.1f}, {high:.1f}\\]"
+
+
+def by(items: Sequence[Any], *keys: str | Callable[[Any], Any]) -> list[tuple[tuple[Any, ...], list[Any]]]:
+    """Items in groups of equal keys, a key being a function or a name in a line."""
+    found = group_by(items, lambda item: tuple(item[key] if isinstance(key, str) else key(item) for key in keys))
+    return list(found.items())
+
+
+def markdown(cells: list[list[str]], words: int) -> str:
+    """Rows of text, the first of them the head, as a table; after so many columns of words come numbers."""
+    rule = ["---"] * words + ["---:"] * (len(cells[0]) - words)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], rule, *cells[1:]])
+
+
+def rows_of(names: Sequence[str]) -> list[Row]:
+    return read(*(ROWS / name for name in names))
 
 
 def attack(line: Line) -> tuple[str, float, int | None]:
@@ -64,10 +183,8 @@ def subset(line: Line) -> str:
 
 
 def tuned_on(line: Line) -> str:
-    if line["train"] is None:
-        return "-"
     limit = (line["settings"].get("train") or {}).get("limit")
-    shots = f"{limit} images" if limit else "all"
+    shots = f"{limit:,} images" if limit else "all"
     if line["train_shots"]:
         shots = f"{line['train_shots']} shot{'s' if line['train_shots'] != 1 else ''}"
     return shots if line["train"] == line["dataset"] else f"{line['train']}, {shots}"
@@ -86,16 +203,20 @@ def shown(line: Line, kind: str, most: Line | None = None) -> str:
     return f"{100 * value:.1f} \\[{100 * line[f'{kind}_low']:.1f}, {100 * line[f'{kind}_high']:.1f}\\]{few}"
 
 
+KINDS = {"table": tables, "halves": halves, "curve": curve, "rankings": rankings}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="DIR")
     args = parser.parse_args()
     for folder in args.take:
-        rows = [row.to_json() for row in read(*sorted(folder.rglob("results.jsonl")))]
-        write_atomic(ROWS / f"{folder.name}.jsonl", "".join(f"{row}\n" for row in rows))
+        path = ROWS / f"{folder.name}.jsonl"
+        rows = read(*([path] if path.is_file() else []), *sorted(folder.rglob("results.jsonl")))
+        write_atomic(path, "".join(f"{row.to_json()}\n" for row in latest(rows)))
     old = PAGE.read_text()
-    new = MARK.sub(lambda found: f"{found[1]}\n{tables(found[2])}\n\n{found[3]}", old)
+    new = MARK.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3].split())}\n\n{found[4]}", old)
     if args.check:
         sys.exit(0 if new == old else f"{PAGE} is not what the rows give; run: python {sys.argv[0]}")
     PAGE.write_text(new)

@@ -29,7 +29,9 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 FULL = [path for path in RECIPES if not path.stem.startswith("offline")]
 FACTS = {
     "backbone", "resolution", "tower", "train", "shots", "data", "subset", "seeds", "split", "attack", "train_attack",
+    "template",
 }  # fmt: skip
+PAIR = re.compile(r"(-|\d+\.\d+)/(\d+\.\d+)")  # clean/robust in a recipe's head
 THREE = ["dtd", "pcam", "ucf101"]
 PGD = {"name": "pgd", "eps": 1 / 255, "steps": 100, "step_size": 1 / 255, "seed": 0}
 INNER = {"name": "pgd", "eps": 1 / 255, "steps": 2, "step_size": 1 / 255}
@@ -138,6 +140,16 @@ def test_what_follows_the_protocol_differs_in_nothing(paper) -> None:
 )
 def test_each_difference_is_told(paper, changes, told) -> None:
     assert [tuple(fact.values()) for fact in line(whole(**changes))["differs"]] == [told]
+
+
+def test_a_papers_own_template_is_what_ours_is_compared_with(paper) -> None:
+    paper["tables"]["few"]["protocol"]["template"] = "the paper's {}"
+    assert line(whole(slice={"template": "the paper's {}"}, train={"template": "the paper's {}"}))["differs"] == []
+    own = {"template": "the set's {}"}
+    told = line(whole(slice=own, train=own))["differs"]
+    assert [(fact["what"], fact["paper"]) for fact in told] == [
+        ("training template", "the paper's {}"), ("template", "the paper's {}"),
+    ]  # fmt: skip
 
 
 def test_another_norm_is_told_beside_its_eps(paper) -> None:
@@ -474,6 +486,11 @@ def test_a_recipe_plans_and_names_what_there_is(path) -> None:
     wanted = {row["method"] for row in table}
     assert wanted & set(study.methods), "nothing of the table would be run"
     if path in FULL:
+        printed = text.partition("# Printed:")[2].partition("# Ours:")[0]
+        shown = [(-1 if clean == "-" else float(clean), float(robust)) for clean, robust in PAIR.findall(printed)]
+        known = [row for row in table if row["robust"] is not None]
+        assert sorted(shown) == sorted((-1 if row["clean"] is None else row["clean"], row["robust"]) for row in known)
+        assert shown or "no absolute number" in printed
         assert wanted <= set(study.methods)
         assert {each for row in table for each in row["data"]} <= {*study.data, study.train_on}
 

@@ -116,6 +116,8 @@ def test_entry_is_sound(name):
     for counts in (facts["counts"], (facts["coop"] or {}).get("counts", {})):
         assert set(counts) <= {"train", "val", "test"}
         assert all(type(n) is int and n >= len(classes) for n in counts.values())
+    assert facts["counts"] or facts["coop"] or facts["total"] or name == "grocery"
+    assert facts["total"] is None or facts["coop"] is None or facts["total"] == sum(facts["coop"]["counts"].values())
     assert facts["hub"] is None or facts["hub"].partition(":")[0].count("/") == 1
     shared = {"title", "template", "licence", "classes"}
     assert set(facts) == shared | set(CATALOG["grocery"])
@@ -178,10 +180,23 @@ def test_hub_labels_of_other_names_count_as_places_where_the_catalog_says_so(nam
         assert load_task(name).classes[0] == "c0"
 
 
-@pytest.mark.parametrize("name", [name for name in names() if CATALOG[name]["folders"]])
+def folders(name):
+    """How a set's folders are called where it is usually had as folders, or nowhere else."""
+    facts = CATALOG[name]
+    if facts["folders"] or facts["hub"] or facts["coop"] or facts["embedded"]:
+        return facts["folders"]
+    return [str(i) for i in range(len(facts["classes"]))] if facts["numbered"] else facts["classes"]
+
+
+def test_every_set_is_opened_by_a_test():
+    assert all(facts["hub"] or facts["coop"] or facts["embedded"] or folders(name) for name, facts in CATALOG.items())
+    assert {"hateful-memes", "grocery"} <= {name for name in names() if folders(name)}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if folders(name)])
 def test_a_folder_a_class(name, own_data):
     for part in ("train", "test"):
-        for i, folder in enumerate(CATALOG[name]["folders"]):
+        for i, folder in enumerate(folders(name)):
             place = own_data / name / part / folder
             place.mkdir(parents=True)
             (place / "1.png").write_bytes(content(part, i))

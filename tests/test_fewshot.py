@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -145,6 +146,11 @@ def test_too_many_shots_name_the_class_and_the_counts():
     task = make_task({"train": [*rows_of(6, classes=2), (2, b"a"), (2, b"b")]})
     with pytest.raises(UserError, match="4 shots asked for, but class 'owl' has 2"):
         select(task, Split("train", shots=4))
+    flowers = Task("flowers102", "flowers102", task.classes, task.template, task.parts)
+    with pytest.raises(UserError, match="or take CoOp's split"):
+        select(flowers, Split("train", shots=4))
+    with pytest.raises(UserError, match=r"ask for fewer$"):
+        select(replace(flowers, split="CoOp's"), Split("train", shots=4))
 
 
 def test_missing_part():

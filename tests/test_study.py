@@ -739,10 +739,30 @@ def test_costs_by_hand(images, tmp_path):
     assert known.evaluate == (100, 0)
     (few,) = cost.costs([Run("tecoa", "caltech101", (Slice("caltech101"),), (None,), shots=2)], tmp_path)
     assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 3
-    assert few.evaluate is None  # the catalog has no counts, and the data is not here
+    assert few.evaluate == (2465, 0)  # the hub's split is not official, and the data is not here: CoOp's counts
+    (scarce,) = cost.costs([Run("tecoa", "flowers102", (Slice("caltech256"),), (None,), shots=16)], tmp_path)
+    assert scarce.train[1] == 1020 * 10 * 3  # all there are, which is less than 16 a class
+    assert scarce.evaluate == (29780 / 5, 0)  # no split is official: a fifth of all
     (unknown,) = cost.costs([replace(run, data="hf:owner/name")], tmp_path)
     assert unknown.train is None
     assert unknown.hours((1.0, 1.0)) is None
+
+
+def test_costs_of_the_users_own_copies(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVTUNE_DATA", str(tmp_path / "own"))
+    write_images(tmp_path / "own" / "cifar10", catalog()["cifar10"]["classes"], train=3, test=2)
+    run = Run("tecoa", "cifar10", (Slice("cifar10"),), (None,))
+    (own,) = cost.costs([run], tmp_path)
+    assert own.train[1] == 30 * 10 * 3
+    assert own.evaluate == (20, 0)
+    (tmp_path / "own" / "oxford_flowers" / "jpg").mkdir(parents=True)
+    split = {part: [[f"{part}{i}.jpg", i, f"flower {i}"] for i in range(102)] for part in ("train", "val", "test")}
+    for image, _, _ in [*split["train"], *split["val"], *split["test"]]:
+        (tmp_path / "own" / "oxford_flowers" / "jpg" / image).write_bytes(b"not opened")
+    (tmp_path / "own" / "oxford_flowers" / "split_zhou_OxfordFlowers.json").write_text(json.dumps(split))
+    with pytest.warns(UserWarning, match="has 102 (train|val|test) images, not "):
+        (coop,) = cost.costs([replace(run, data="flowers102")], tmp_path)
+    assert coop.train[1] == 102 * 10 * 3
 
 
 @pytest.mark.parametrize(

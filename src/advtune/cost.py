@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -66,7 +66,8 @@ def costs(wanted: Sequence[Run], out: Path | None) -> list[Cost]:
         n = None if tuned else images(run.data, run.subset, run.part, sizes)
         if run.shots is not None and not tuned:
             classes = size_of(run.data, run.subset, run.part, sizes)[1]
-            n = None if classes is None else run.shots * classes
+            most = None if classes is None else run.shots * classes
+            n = most if most is None or n is None else min(n, most)
         n = n if n is None or run.limit is None else min(n, run.limit)
         train = (0.0, 0.0) if tuned else None if n is None else training(run, n)
         found.append(Cost(run.key, False, train, evaluation(todo, sizes)))
@@ -145,26 +146,31 @@ def images(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> int | No
 
 
 def size_of(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> tuple[int | None, int | None]:
-    """(images, classes) of a slice: the catalog's counts, else those of data on this machine; None if not known."""
+    """(images, classes) of a slice: of data on this machine, else as the catalog says; None if not known."""
     key = (spec, subset, part)
     if key not in sizes:
         entry = facts_of(spec) if spec in names() else None
         whole = {"fit": "train", "val": "train"}.get(part, part)
         share = {"fit": 0.75, "val": 0.25}.get(part, 1.0)
-        if entry is None or (whole not in entry["counts"] and (entry.get("embedded") or on_disk(spec))):
-            n, classes = opened(spec, subset, whole)
-        else:
-            n, every = entry["counts"].get(whole), len(entry["classes"])
+        n, classes = opened(spec, subset, whole) if entry is None or on_disk(spec, entry) else (None, None)
+        if n is None and entry is not None:
+            every = len(entry["classes"])
             classes = {"all": every, "base": (every + 1) // 2, "new": every // 2}[subset]
+            n = (entry["counts"] or (entry["coop"] or {}).get("counts", {})).get(whole)
+            if n is None and entry["total"]:
+                n = round(entry["total"] * PARTS.get(whole, 1))
             n = None if n is None else round(n * classes / every)
         sizes[key] = (None if n is None else round(share * n), classes)
     found: tuple[int | None, int | None] = sizes[key]
     return found
 
 
-def on_disk(name: str) -> bool:
-    folder = os.environ.get("ADVTUNE_DATA")
-    return bool(folder) and (Path(str(folder)).expanduser() / name).is_dir()
+def on_disk(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a set of the catalog is on this machine: in the package, or a copy of the user's."""
+    if entry["embedded"] or not os.environ.get("ADVTUNE_DATA"):
+        return bool(entry["embedded"])
+    top, coop = Path(os.environ["ADVTUNE_DATA"]).expanduser(), entry["coop"]
+    return (top / name).is_dir() or bool(coop and (top / coop["folder"] / coop["split"]).is_file())
 
 
 def opened(spec: str, subset: str, part: str) -> tuple[int | None, int | None]:

@@ -239,8 +239,8 @@ def failure(run: Run, test: str, error: Exception, out: Path) -> Failure:
     """The reason in one line; the traceback goes into a file. A disk that takes no file ends the work."""
     if isinstance(error, OSError) and error.errno in FULL:
         raise error
-    text = " ".join(str(error).split())[:300]
-    reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    text = " ".join(str(error).split())
+    reason = text[:1000] if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
     name = run.key.replace("/", "-") + (f"-{slug(test)}" if test else "")
     path = out / TRACEBACKS / f"{name}.txt"
     write_atomic(path, "".join(traceback.format_exception(error)))

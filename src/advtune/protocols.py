@@ -34,8 +34,8 @@ CROSS = ("caltech101", "oxford-pets", "stanford-cars", "flowers102", "food101", 
          "eurosat", "ucf101")  # fmt: skip
 SHIFTED = ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch")
 # What towers tuned on one set are tested on (Mao et al., arXiv:2212.07016, and those after it).
-TRANSFER = ("cifar10", "cifar100", "stl10", "caltech101", "caltech256", "oxford-pets", "stanford-cars", "food101",
-            "flowers102", "fgvc-aircraft", "sun397", "dtd", "eurosat", "pcam")  # fmt: skip
+TRANSFER = ("cifar10", "cifar100", "stl10", "imagenet", "caltech101", "caltech256", "oxford-pets", "stanford-cars",
+            "food101", "flowers102", "fgvc-aircraft", "sun397", "dtd", "eurosat", "pcam")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+from advtune.data.catalog import entry, names
 from advtune.data.sources import Part, concat
 from advtune.data.task import Task
 from advtune.errors import UserError
@@ -70,7 +71,7 @@ def select(task: Task, split: Split, track: Callable[[Iterable[int]], Iterable[i
             part.hashes(track)
     records = named_part(task, split.part)
     if split.shots is not None:
-        records = take_shots(records, split.shots, split.seed, task.classes)
+        records = take_shots(records, split.shots, split.seed, task.classes, scarce(task))
     records = in_order(records)
     return records.subset(range(len(records))[: split.limit])
 
@@ -114,7 +115,13 @@ def cut(records: Part, share: int, classes: Sequence[str], purpose: str) -> tupl
     return records.subset(kept), records.subset([i for i, sha in enumerate(hashes) if sha in held])
 
 
-def take_shots(records: Part, shots: int, seed: int, classes: Sequence[str]) -> Part:
+def scarce(task: Task) -> str:
+    """What to do where a set has too few images a class: CoOp's split often has more than the official one."""
+    coop = entry(task.name)["coop"] if task.name in names() else None
+    return f", or take CoOp's split ({coop['split']})" if coop and "CoOp" not in task.split else ""
+
+
+def take_shots(records: Part, shots: int, seed: int, classes: Sequence[str], advice: str = "") -> Part:
     """`shots` images of every class, by hash(seed, content). Raises UserError if a class has fewer."""
     by_class: dict[int, list[int]] = {label: [] for label in range(len(classes))}
     keys = content_keys(records)
@@ -123,7 +130,8 @@ def take_shots(records: Part, shots: int, seed: int, classes: Sequence[str]) -> 
     chosen = []
     for label, own in by_class.items():
         if len(own) < shots:
-            raise UserError(f"{shots} shots asked for, but class {classes[label]!r} has {len(own)}; ask for fewer")
+            few = f"{shots} shots asked for, but class {classes[label]!r} has {len(own)}; ask for fewer"
+            raise UserError(f"{few}{advice}")
         chosen += sorted(own, key=lambda i: _rank(f"shots:{seed}", keys[i]))[:shots]
     return records.subset(chosen)
 

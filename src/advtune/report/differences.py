@@ -38,8 +38,8 @@ def differences(paper: Mapping[str, Any], group: Sequence[Row]) -> list[Fact]:
         facts += _unusual("attack options", attack, _as_used(kind, attack), told, "the defaults")
     if row.train is not None:
         facts += _training(paper, row, row.train) + _seeds(paper, group)
-        facts += _words("training ", [each.train or {} for each in group])
-    facts += _data(paper, group) + _words("", [each.data for each in group])
+        facts += _words("training ", [each.train or {} for each in group], paper.get("template"))
+    facts += _data(paper, group) + _words("", [each.data for each in group], paper.get("template"))
     notes = [note for each in group for note in each.notes]
     for what, mark, theirs in NOTES:
         facts += _some(what, (note.removeprefix(what).strip() for note in notes if mark in note), theirs)
@@ -180,12 +180,13 @@ def _has_choice(name: Any, split: str) -> bool:
     return split != "CoOp" or name not in names() or _entry(name)["coop"] is not None
 
 
-def _words(which: str, slices: Sequence[Mapping[str, Any]]) -> list[Fact]:
-    """Templates and class names that are not the catalog's; of class names tuned on a row keeps the number alone."""
+def _words(which: str, slices: Sequence[Mapping[str, Any]], told: str | None) -> list[Fact]:
+    """Templates that are not the paper's, where it is told, or else the catalog's, and class names that are not the
+    catalog's; of class names tuned on a row keeps the number alone."""
     known = [(each, _entry(each["name"])) for each in slices if each.get("name") in names() and "template" in each]
-    other = (each["template"] for each, usual in known if each["template"] != usual["template"])
+    other = (each["template"] for each, usual in known if each["template"] != (told or usual["template"]))
     renamed = (f"other on {each['name']}" for each, usual in known if _renamed(each, usual))
-    facts = _some(f"{which}template", other, "the set's usual")
+    facts = _some(f"{which}template", other, told or "the set's usual")
     return facts + _some(f"{which}class names", renamed, "the set's usual")
 
 

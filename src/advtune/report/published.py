@@ -21,9 +21,9 @@ def papers() -> dict[str, dict[str, Any]]:
     An entry has `title`, `arxiv`, `note` and `tables`: name -> `title`, `source` (who printed it), `protocol` and
     `rows`. A row has `method` (a registry name), `clean` and `robust` (percent, null: not at hand) and what it has
     of its own: a `source`, a `remark`, and facts that replace the table's `protocol`: backbone, resolution, tower
-    (method, on and eps of what tuned it before), train (`same`: each test set itself), shots (a number or `all`), data
-    (test sets; the numbers are averages over them), subset, seeds, split, attack, train_attack, recipe. A fact that is
-    not there is not known, and not compared; without a tower there was none.
+    (method, on and eps of what tuned it before), template, train (`same`: each test set itself), shots (a number or
+    `all`), data (test sets; the numbers are averages over them), subset, seeds, split, attack, train_attack, recipe.
+    A fact that is not there is not known, and not compared; without a tower there was none.
     """
     return json.loads(_read())
 
