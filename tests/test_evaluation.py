@@ -13,6 +13,7 @@ from advtune.attacks import APGD, FGSM, PGD, AutoAttack, Noise, Square, Transfer
 from advtune.checks import zero_share
 from advtune.defences import jpeg, noise
 from advtune.results import Row
+from advtune.rows import one_answer
 from advtune.withstand import check_budget
 from conftest import write_clip, write_images
 
@@ -127,6 +128,23 @@ def test_a_diverged_model_is_not_scored(vlm, task):
         broken.clip.image.position.fill_(torch.nan)
     with pytest.raises(advtune.UserError, match="not finite"):
         evaluation.evaluate(broken, task, ATTACK, show=False)
+
+
+def test_a_model_with_one_answer_is_told(vlm, tmp_path, monkeypatch):
+    four = write_images(tmp_path / "four", ("red", "green", "blue", "grey"), train=1, test=6)
+    usual = evaluation.predict
+
+    def mostly(s):
+        return torch.where(torch.arange(24) < 20, 2, usual(s))  # 83 % and more, of which a quarter are
+
+    monkeypatch.setattr(evaluation, "predict", mostly)
+    blue = evaluation.evaluate(vlm, f"folder:{four}", PGD(eps=1 / 255, steps=1), show=False)
+    (said,) = (note for note in blue.notes if "images are called" in note)
+    classes = advtune.load_task(f"folder:{four}").classes
+    assert f"are called {classes[2]!r}, which 25% of them are" in said
+    assert one_answer(torch.tensor([2] * 17 + [0] * 7), torch.arange(24) % 4, classes) == [], "less than thrice"
+    assert one_answer(torch.full((19,), 2), torch.arange(19) % 4, classes) == [], "too few images to tell"
+    assert one_answer(torch.full((24,), 2), torch.full((24,), 2), classes) == [], "they are all of that class"
 
 
 def test_an_attack_that_leaves_its_budget_is_not_scored(vlm, task):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from advtune.results import Row, accuracy, flag_text
 from advtune.vlm import VLM
 from advtune.withstand import Outcome
 
+LEAST, MOSTLY = 20, 0.5  # images, and the share of them that one answer is given to, from which on it is told
 WHITE_BOX = "white-box: the attacked function is the scored one"
 
 
@@ -36,6 +38,7 @@ class Setting:
     threat: str = WHITE_BOX
     source: VLM | None = None
     defence: Function | None = None
+    remarks: list[str] = field(default_factory=list)  # on the model's answers, for the notes of every row
 
     @cached_property
     def f(self) -> Function:
@@ -125,11 +128,22 @@ def noted(s: Setting, attack: Any, carried: bool) -> list[str]:
     notes += [note for note in determinism.said() if note not in notes]
     if s.model.compiled:
         notes.append("the image tower ran through torch.compile")
+    notes += s.remarks
     if carried:
         notes.append("images that fell at a smaller eps were not attacked again")
     if attack is not None and hasattr(attack, "notes"):
         notes += attack.notes(len(s.task.classes))
     return notes
+
+
+def one_answer(found: Tensor, y: Tensor, classes: Sequence[str]) -> list[str]:
+    """A sentence if most images are given one class [N] that few of them have: what a tuning that fell apart does."""
+    k = int(found.bincount().argmax())
+    given, own = float((found == k).float().mean()), float((y == k).float().mean())
+    if len(y) < LEAST or given < MOSTLY or given < 3 * own:
+        return []
+    told = f"{given:.0%} of the images are called {classes[k]!r}, which {own:.0%} of them are"
+    return [f"{told}: a tuning that fell apart does so; tune with a smaller lr"]
 
 
 def attack_facts(attack: Any) -> dict[str, Any]:
