@@ -3,7 +3,7 @@ written anew.
 
 Command:  python recipes/results_page.py --take runs/offline-few-shot   (--check: do page and rows agree?)
 --take adds the rows of a study's folder to docs/results, under the folder's name, before the page is written; of an
-evaluation that was made twice the latest counts.
+evaluation that was made again, with whatever settings, the new one counts.
 A mark is a line `<!-- KIND FILE ... -->`, FILE one of docs/results/*.jsonl, and what it makes ends at `<!-- end -->`:
 table (a line a method), halves (base and new classes, harmonic means), curve (a line a method, a column an eps, and a
 picture), rankings (what papers put first, tested on our images). All else is written by hand.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from advtune.comparison import compare
+from advtune.comparison import ALPHA, compare
 from advtune.methods import METHODS
 from advtune.report.figures import eps_panels
 from advtune.report.harmonic import harmonic_means, harmonic_table
@@ -61,8 +61,8 @@ def tables(names: Sequence[str]) -> str:
     lines = table(rows_of(names))
     for (_, dataset, half, n), of_set in by(lines, "backbone", "dataset", subset, "n"):
         untuned = [line for line in of_set if line["train"] is None]
-        amounts = group_by([line for line in of_set if line["train"]], tuned_on)
-        for amount, own in sorted(amounts.items(), key=lambda item: item[1][0]["train_shots"] or 0):
+        amounts = group_by([line for line in of_set if line["train"]], tuned_on) or {"nothing": []}
+        for amount, own in sorted(amounts.items(), key=lambda item: (item[1] or of_set)[0]["train_shots"] or 0):
             name = of_set[0]["backbone"].rpartition("/")[2]
             what = dataset if half == "all" else f"{dataset}, {half} classes"
             texts.append(f"**{what}**, tuned on {amount}, {name}, n = {n}\n\n{grid([*untuned, *own])}")
@@ -88,57 +88,74 @@ def grid(lines: list[Line]) -> str:
 def halves(names: Sequence[str]) -> str:
     """Base and new classes, and the harmonic mean of the two; methods in the registry's order."""
     found = sorted(harmonic_means(rows_of(names)), key=lambda line: ORDER.index(line["method"]))
-    return markdown(harmonic_table(found), words=2)
+    cells = harmonic_table(found)
+    return markdown([[*line[:2], *line[3:4], *line[6:]] for line in cells], words=2)
 
 
 def curve(names: Sequence[str]) -> str:
-    """A table with a column an eps, and a picture of it beside the page."""
-    rows = rows_of(names)
-    path = PICTURES / f"{Path(names[0]).stem}.svg"
-    write_atomic(path, pictures(eps_panels(rows), ["svg"])["svg"])
-    return f"{tables(names)}\n\n![Robust accuracy over eps](assets/{path.name})"
+    """A table with a column an eps, and a picture of it."""
+    return f"{tables(names)}\n\n![Robust accuracy over eps](assets/{picture(names).name})"
+
+
+def picture(names: Sequence[str]) -> Path:
+    return PICTURES / f"{Path(names[0]).stem}.svg"
 
 
 def rankings(names: Sequence[str]) -> str:
     """What papers put first, and whether our images tell it: the first less the second, in points."""
     rows = rows_of(names)
-    out = [["Paper", "First > second", "Tuned on", "Published", "Ours on", "Robust, points", "Clean, points", "Robust"]]
+    head = ["Paper", "First > second", "Tuned on", "Published", "Ours on", "Seeds", "Robust, points", "Clean, points"]
+    out = [[*head, "Robust: the ranking"]]
     for paper, name, first, second, facts in RANKINGS:
         printed = [value(paper, name, method, facts) for method in (first, second)]
-        for data, pairs in group_by(paired(rows, first, second, facts), lambda each: each["robust"]["dataset"]).items():
-            for pair in pairs:
-                robust, clean = pair["robust"], pair["clean"]
-                where = f"{data}{'' if robust['subset'] == 'all' else ' ' + robust['subset']}, {pair['backbone']}, "
-                where += f"{robust['attack']}-{robust['steps']}, n {robust['n']}, {len(robust['pairs'])} seed"
-                amount = f"{facts['shots']} shot" if "shots" in facts else pair["train"]
-                gap = f"{printed[0] - printed[1]:+.1f}"
-                line = [paper, f"{first} > {second}", amount, gap, where]
-                out.append([*line, points(robust), points(clean), verdict(robust)])
+        for pair in paired(rows, first, second, facts):
+            robust, clean = pair["robust"], pair["clean"]
+            half = "" if robust["subset"] == "all" else f" {robust['subset']}"
+            where = (
+                f"{robust['dataset']}{half}, {pair['backbone']}, {robust['attack']}-{robust['steps']}, n {robust['n']}"
+            )
+            gap = f"{printed[0] - printed[1]:+.1f}"
+            line = [paper, f"{first} > {second}", pair["train"], gap, where, str(len(robust["pairs"]))]
+            out.append([*line, points(robust), points(clean), verdict(robust)])
     return markdown(out, words=5)
 
 
 def paired(rows: Sequence[Row], first: str, second: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The comparisons of two methods under PGD at 1/255, first less second, on what `facts` asks for."""
+    """The comparisons of two methods under PGD at 1/255, first less second, on what `facts` asks for: on the set tuned
+    on where it tells shots, else on others."""
     found = []
-    wanted = [row for row in rows if row.attack and (row.attack["name"], pixels(row.attack["eps"])) == ("pgd", "1/255")]
-    wanted = [row for row in wanted if row.train and row.train["shots"] == facts.get("shots")]
-    wanted = [row for row in wanted if row.data.get("subset", "all") == facts.get("subset", "all")]
-    for _, own in by(wanted, lambda row: row.backbone["name"], lambda row: row.data["name"], limit):
+    for _, own in by([row for row in rows if asked(row, facts)], backbone, lambda row: row.data["name"], amount):
         sides = [[row for row in own if row.method == method] for method in (second, first)]
         if not all(sides):
             continue
-        two = {each["which"]: each for each in compare(*sides)}
-        found.append({**two, "backbone": own[0].backbone["name"].rpartition("/")[2], "train": trained(own[0])})
+        told = compare(*sides)
+        two = {each["which"]: each for each in told}
+        if len(told) != 2:
+            raise SystemExit(f"{first}, {second}: attacked in several ways; keep one in these rows")
+        found.append({**two, "backbone": backbone(own[0]), "train": trained(own[0])})
     return found
 
 
-def limit(row: Row) -> Any:
+def asked(row: Row, facts: dict[str, Any]) -> bool:
+    if not (row.attack and row.train) or (row.attack["name"], pixels(row.attack["eps"])) != ("pgd", "1/255"):
+        return False
+    home = row.train["name"] == row.data["name"]
+    same = row.train["shots"] == facts.get("shots") and row.data.get("subset", "all") == facts.get("subset", "all")
+    return row.data["part"] == "test" and same and home == ("shots" in facts)
+
+
+def backbone(row: Row) -> str:
+    return str(row.backbone["name"]).rpartition("/")[2]
+
+
+def amount(row: Row) -> Any:
     return (row.clean["n"], (row.train or {}).get("limit"))
 
 
 def trained(row: Row) -> str:
     train = row.train or {}
-    return f"{train['name']}, {train['n']:,} images"
+    shots = f"{train['shots']} shot{'s' if train['shots'] != 1 else ''}" if train["shots"] else f"{train['n']:,} images"
+    return shots if train["name"] == row.data["name"] else f"{train['name']}, {shots}"
 
 
 def value(paper: str, name: str, method: str, facts: dict[str, Any]) -> float:
@@ -149,7 +166,12 @@ def value(paper: str, name: str, method: str, facts: dict[str, Any]) -> float:
 
 
 def verdict(numbers: Line) -> str:
-    return "holds" if numbers["low"] > 0 else "the other way" if numbers["high"] < 0 else "within noise"
+    """As `advtune compare` decides, and over seeds only if all point the same way."""
+    up = numbers["difference"] > 0
+    clear = numbers["low"] > 0 or numbers["high"] < 0 if numbers["p"] is None else numbers["p"] < ALPHA
+    if not clear or any((each > 0) != up for each in numbers["differences"]):
+        return "within noise"
+    return "holds" if up else "the other way"
 
 
 def points(numbers: Line) -> str:
@@ -203,6 +225,22 @@ def shown(line: Line, kind: str, most: Line | None = None) -> str:
     return f"{100 * value:.1f} \\[{100 * line[f'{kind}_low']:.1f}, {100 * line[f'{kind}_high']:.1f}\\]{few}"
 
 
+def evaluated(row: Row) -> tuple[Any, ...]:
+    """What of two evaluations is the same thing done again, with whatever settings."""
+    train, attack = row.train or {}, row.attack or {}
+    tuned = (train.get("name"), train.get("shots"), train.get("limit"), train.get("seed"))
+    tested = (row.data["name"], row.data.get("subset", "all"), row.clean["n"], backbone(row))
+    return (row.method, *tuned, *tested, attack.get("name"), attack.get("eps"), attack.get("steps"))
+
+
+def drawings(page: str) -> dict[Path, Callable[[], bytes]]:
+    """The pictures that a page shows, and how each is made."""
+    curves = [found[3].split() for found in MARK.finditer(page) if found[2] == "curve"]
+    return {
+        picture(names): lambda names=names: pictures(eps_panels(rows_of(names)), ["svg"])["svg"] for names in curves
+    }
+
+
 KINDS = {"table": tables, "halves": halves, "curve": curve, "rankings": rankings}
 
 
@@ -213,9 +251,16 @@ def main() -> None:
     args = parser.parse_args()
     for folder in args.take:
         path = ROWS / f"{folder.name}.jsonl"
-        rows = read(*([path] if path.is_file() else []), *sorted(folder.rglob("results.jsonl")))
-        write_atomic(path, "".join(f"{row.to_json()}\n" for row in latest(rows)))
+        new = read(*sorted(folder.rglob("results.jsonl")))
+        keys = {evaluated(row) for row in new}
+        old = [row for row in (read(path) if path.is_file() else []) if evaluated(row) not in keys]
+        write_atomic(path, "".join(f"{row.to_json()}\n" for row in latest([*old, *new])))
     old = PAGE.read_text()
+    for path, drawn in drawings(old).items():
+        if args.check and not path.is_file():
+            sys.exit(f"{path} is not there; run: python {sys.argv[0]}")
+        if not args.check:
+            write_atomic(path, drawn())
     new = MARK.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3].split())}\n\n{found[4]}", old)
     if args.check:
         sys.exit(0 if new == old else f"{PAGE} is not what the rows give; run: python {sys.argv[0]}")

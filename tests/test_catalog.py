@@ -188,11 +188,6 @@ def folders(name):
     return [str(i) for i in range(len(facts["classes"]))] if facts["numbered"] else facts["classes"]
 
 
-def test_every_set_is_opened_by_a_test():
-    assert all(facts["hub"] or facts["coop"] or facts["embedded"] or folders(name) for name, facts in CATALOG.items())
-    assert {"hateful-memes", "grocery"} <= {name for name in names() if folders(name)}
-
-
 @pytest.mark.parametrize("name", [name for name in names() if folders(name)])
 def test_a_folder_a_class(name, own_data):
     for part in ("train", "test"):

@@ -13,7 +13,6 @@ from advtune.attacks import APGD, FGSM, PGD, AutoAttack, Noise, Square, Transfer
 from advtune.checks import zero_share
 from advtune.defences import jpeg, noise
 from advtune.results import Row
-from advtune.rows import one_answer
 from advtune.withstand import check_budget
 from conftest import write_clip, write_images
 
@@ -130,21 +129,15 @@ def test_a_diverged_model_is_not_scored(vlm, task):
         evaluation.evaluate(broken, task, ATTACK, show=False)
 
 
-def test_a_model_with_one_answer_is_told(vlm, tmp_path, monkeypatch):
-    four = write_images(tmp_path / "four", ("red", "green", "blue", "grey"), train=1, test=6)
-    usual = evaluation.predict
-
-    def mostly(s):
-        return torch.where(torch.arange(24) < 20, 2, usual(s))  # 83 % and more, of which a quarter are
-
-    monkeypatch.setattr(evaluation, "predict", mostly)
-    blue = evaluation.evaluate(vlm, f"folder:{four}", PGD(eps=1 / 255, steps=1), show=False)
-    (said,) = (note for note in blue.notes if "images are called" in note)
-    classes = advtune.load_task(f"folder:{four}").classes
-    assert f"are called {classes[2]!r}, which 25% of them are" in said
-    assert one_answer(torch.tensor([2] * 17 + [0] * 7), torch.arange(24) % 4, classes) == [], "less than thrice"
-    assert one_answer(torch.full((19,), 2), torch.arange(19) % 4, classes) == [], "too few images to tell"
-    assert one_answer(torch.full((24,), 2), torch.full((24,), 2), classes) == [], "they are all of that class"
+def test_what_is_not_told_from_guessing_is_said_of_tuned_models(vlm, tuned, task, monkeypatch):
+    assert not any("guess" in note for note in evaluation.evaluate(tuned, task, ATTACK, show=False).notes)
+    y = torch.tensor(task.parts["test"].labels)
+    monkeypatch.setattr(evaluation, "predict", lambda s: torch.zeros_like(s.images.y))
+    said = evaluation.evaluate(tuned, task, show=False).notes[-1]
+    told = f"clean accuracy is not told from a guess among {len(task.classes)} classes by {len(y)} images"
+    assert said.startswith(told) and said.endswith("tune with a smaller lr")
+    assert told == evaluation.evaluate(tuned, replace(task, name="other"), show=False).notes[-1]
+    assert not any("guess" in note for note in evaluation.evaluate(vlm, task, show=False).notes), "it was not tuned"
 
 
 def test_an_attack_that_leaves_its_budget_is_not_scored(vlm, task):

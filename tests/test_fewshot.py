@@ -149,8 +149,9 @@ def test_too_many_shots_name_the_class_and_the_counts():
     flowers = Task("flowers102", "flowers102", task.classes, task.template, task.parts)
     with pytest.raises(UserError, match="or take CoOp's split"):
         select(flowers, Split("train", shots=4))
-    with pytest.raises(UserError, match=r"ask for fewer$"):
-        select(replace(flowers, split="CoOp's"), Split("train", shots=4))
+    many = {"train": make_task({"train": rows_of(2, classes=3) * 1500}).parts["train"]}
+    with pytest.raises(UserError, match=r"ask for fewer$"):  # CoOp's has no more
+        select(replace(flowers, parts=many), Split("train", shots=10_000))
 
 
 def test_missing_part():

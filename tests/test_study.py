@@ -717,6 +717,14 @@ def test_an_interrupt_says_how_to_go_on(study, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(f"advtune: interrupted at run 1 of 2; go on with: {again}\n")
 
 
+def test_a_reason_for_people_is_kept_to_its_end(tmp_path):
+    advice = f"no such set; {'take this way, ' * 40}then that one"
+    run = Run("tecoa", "cifar10", (Slice("cifar10"),))
+    assert grid.failure(run, "", UserError(advice), tmp_path).error == advice
+    strange = grid.failure(run, "", ValueError(advice), tmp_path).error
+    assert strange.startswith("ValueError: no such set") and len(strange) < 400 < len(advice)
+
+
 def test_the_verb_says_what_failed(clip_folder, tmp_path, capsys):
     arguments = ["study", "few-shot", "--methods", "zero-shot", "--data", "folder:nowhere"]
     arguments += ["--out", str(tmp_path / "out")]
@@ -739,10 +747,10 @@ def test_costs_by_hand(images, tmp_path):
     assert known.evaluate == (100, 0)
     (few,) = cost.costs([Run("tecoa", "caltech101", (Slice("caltech101"),), (None,), shots=2)], tmp_path)
     assert few.train[1] == 2 * len(catalog()["caltech101"]["classes"]) * 10 * 3
-    assert few.evaluate == (2465, 0)  # the hub's split is not official, and the data is not here: CoOp's counts
-    (scarce,) = cost.costs([Run("tecoa", "flowers102", (Slice("caltech256"),), (None,), shots=16)], tmp_path)
-    assert scarce.train[1] == 1020 * 10 * 3  # all there are, which is less than 16 a class
-    assert scarce.evaluate == (29780 / 5, 0)  # no split is official: a fifth of all
+    assert few.evaluate == (1648, 0)  # no split is official, and the data is not here: a fifth of all
+    (scarce,) = cost.costs([Run("tecoa", "flowers102", (Slice("ucf101"),), (None,), shots=16)], tmp_path)
+    assert scarce.train is None  # 10 a class
+    assert scarce.evaluate == (3783, 0)  # CoOp's split alone
     (unknown,) = cost.costs([replace(run, data="hf:owner/name")], tmp_path)
     assert unknown.train is None
     assert unknown.hours((1.0, 1.0)) is None
@@ -763,6 +771,20 @@ def test_costs_of_the_users_own_copies(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="has 102 (train|val|test) images, not "):
         (coop,) = cost.costs([replace(run, data="flowers102")], tmp_path)
     assert coop.train[1] == 102 * 10 * 3
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes"),
+    [
+        ({"train": 80, "test": 20}, {"train": 80, "fit": 60, "val": 20, "test": 20, "all": 100}),
+        ({"train": 80, "val": 9, "test": 20}, {"train": 80, "fit": 80, "val": 9, "test": 20, "all": 109}),
+        ({"all": 100}, {"train": 80, "fit": 60, "val": 20, "test": 20, "all": 100}),
+        ({"test": 20}, {"train": None, "fit": None, "val": None, "test": 20}),
+        ({}, {"train": None, "test": None, "all": None}),
+    ],
+)
+def test_sizes_of_parts_are_cut_as_the_images_are(parts, sizes):
+    assert {part: cost.of_part(parts, part) for part in sizes} == sizes
 
 
 @pytest.mark.parametrize(

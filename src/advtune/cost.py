@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,8 @@ from advtune.averaging import with_average
 from advtune.data import Task, load_task
 from advtune.data.catalog import entry as facts_of
 from advtune.data.catalog import names
+from advtune.data.fewshot import TEST_SHARE, VAL_SHARE
+from advtune.data.named import is_here
 from advtune.edits import TEXTUAL
 from advtune.errors import UserError
 from advtune.progress import clock
@@ -32,7 +33,6 @@ from advtune.vlm import VLM, Batch
 
 TYPICAL = 3  # evaluation: the worst case is that every image withstands everything; a third of it is typical
 SECONDS = 0.5  # of timing, for each of forward and gradient
-PARTS = {"train": 0.8, "test": 0.2}  # of a set that is one part
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def costs(wanted: Sequence[Run], out: Path | None) -> list[Cost]:
         if run.shots is not None and not tuned:
             classes = size_of(run.data, run.subset, run.part, sizes)[1]
             most = None if classes is None else run.shots * classes
-            n = most if most is None or n is None else min(n, most)
+            n = None if most is not None and n is not None and n < most else most  # too few: the run will say so
         n = n if n is None or run.limit is None else min(n, run.limit)
         train = (0.0, 0.0) if tuned else None if n is None else training(run, n)
         found.append(Cost(run.key, False, train, evaluation(todo, sizes)))
@@ -149,28 +149,11 @@ def size_of(spec: str, subset: str, part: str, sizes: dict[Any, Any]) -> tuple[i
     """(images, classes) of a slice: of data on this machine, else as the catalog says; None if not known."""
     key = (spec, subset, part)
     if key not in sizes:
-        entry = facts_of(spec) if spec in names() else None
-        whole = {"fit": "train", "val": "train"}.get(part, part)
-        share = {"fit": 0.75, "val": 0.25}.get(part, 1.0)
-        n, classes = opened(spec, subset, whole) if entry is None or on_disk(spec, entry) else (None, None)
-        if n is None and entry is not None:
-            every = len(entry["classes"])
-            classes = {"all": every, "base": (every + 1) // 2, "new": every // 2}[subset]
-            n = (entry["counts"] or (entry["coop"] or {}).get("counts", {})).get(whole)
-            if n is None and entry["total"]:
-                n = round(entry["total"] * PARTS.get(whole, 1))
-            n = None if n is None else round(n * classes / every)
-        sizes[key] = (None if n is None else round(share * n), classes)
-    found: tuple[int | None, int | None] = sizes[key]
-    return found
-
-
-def on_disk(name: str, entry: Mapping[str, Any]) -> bool:
-    """Whether a set of the catalog is on this machine: in the package, or a copy of the user's."""
-    if entry["embedded"] or not os.environ.get("ADVTUNE_DATA"):
-        return bool(entry["embedded"])
-    top, coop = Path(os.environ["ADVTUNE_DATA"]).expanduser(), entry["coop"]
-    return (top / name).is_dir() or bool(coop and (top / coop["folder"] / coop["split"]).is_file())
+        known = spec in names()
+        found = opened(spec, subset, part) if not known or is_here(spec) else (None, None)
+        sizes[key] = printed(facts_of(spec), subset, part) if known and found[0] is None else found
+    size: tuple[int | None, int | None] = sizes[key]
+    return size
 
 
 def opened(spec: str, subset: str, part: str) -> tuple[int | None, int | None]:
@@ -181,9 +164,32 @@ def opened(spec: str, subset: str, part: str) -> tuple[int | None, int | None]:
         task = load_task(spec, subset=subset)
     except UserError:
         return None, None
-    if "all" in task.parts:
-        return round(PARTS.get(part, 1) * len(task.parts["all"])), len(task.classes)
-    return (len(task.parts[part]) if part in task.parts else None), len(task.classes)
+    return of_part({name: len(each) for name, each in task.parts.items()}, part), len(task.classes)
+
+
+def printed(entry: Mapping[str, Any], subset: str, part: str) -> tuple[int | None, int]:
+    """(images, classes) as the catalog says: of the hub's split, or of CoOp's where the hub has none. Where only all
+    images are known, a fifth is taken to be tested on, as of a set without a split."""
+    every = len(entry["classes"])
+    classes = {"all": every, "base": (every + 1) // 2, "new": every // 2}[subset]
+    counts = entry["counts"] or ({"all": entry["total"]} if entry["hub"] and entry["total"] else {})
+    n = of_part(counts or (entry["coop"] or {}).get("counts", {}), part)
+    return (None if n is None else round(n * classes / every)), classes
+
+
+def of_part(parts: Mapping[str, int], part: str) -> int | None:
+    """Images of a part of a set with these parts, cut as `advtune.data.fewshot` cuts them."""
+    if part == "all":
+        return sum(parts.values()) or None
+    if part not in parts and "all" in parts:
+        test = parts["all"] / TEST_SHARE
+        parts = {"train": round(parts["all"] - test), "test": round(test)}
+    if part == "fit" and "val" in parts:
+        return parts.get("train")
+    if part in ("fit", "val") and part not in parts:
+        n, share = parts.get("train"), 1 / VAL_SHARE
+        return None if n is None else round(n * (share if part == "val" else 1 - share))
+    return parts.get(part)
 
 
 def pace(model: VLM) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from advtune.edits import TextEdits, check_textual, withstand_edits
 from advtune.errors import UserError
 from advtune.progress import progress
 from advtune.results import Row, append, read
-from advtune.rows import Setting, attack_facts, one_answer, row, threat_model
+from advtune.rows import Setting, attack_facts, row, threat_model
 from advtune.train import check_seed
 from advtune.vlm import VLM
 from advtune.withstand import Journal, Outcome, withstand
@@ -103,9 +103,7 @@ def evaluate_all(
     s = Setting(model, task, split, images, batch_size, seed, show, threat, source, defence)
     if textual:
         return keep([text_row(s, textual, begin)], out)
-    found = predict(s)
-    clean = found == images.y
-    s.remarks.extend(one_answer(found, images.y, task.classes))
+    clean = predict(s) == images.y
     if attacks[0] is None:
         return keep([row(s, None, clean, None, None, [], time.monotonic() - begin)], out)
     zero = zero_gradients(s, bpda)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +19,6 @@ from advtune.results import Row, accuracy, flag_text
 from advtune.vlm import VLM
 from advtune.withstand import Outcome
 
-LEAST, MOSTLY = 20, 0.5  # images, and the share of them that one answer is given to, from which on it is told
 WHITE_BOX = "white-box: the attacked function is the scored one"
 
 
@@ -38,7 +36,6 @@ class Setting:
     threat: str = WHITE_BOX
     source: VLM | None = None
     defence: Function | None = None
-    remarks: list[str] = field(default_factory=list)  # on the model's answers, for the notes of every row
 
     @cached_property
     def f(self) -> Function:
@@ -114,7 +111,7 @@ def row(
         batch_size=s.size,
         seconds=round(seconds, 2),
         versions=runs.versions(),
-        notes=noted(s, attack, carried),
+        notes=noted(s, attack, carried) + guessing(s, clean),
         flags=flags,
     )
 
@@ -128,7 +125,6 @@ def noted(s: Setting, attack: Any, carried: bool) -> list[str]:
     notes += [note for note in determinism.said() if note not in notes]
     if s.model.compiled:
         notes.append("the image tower ran through torch.compile")
-    notes += s.remarks
     if carried:
         notes.append("images that fell at a smaller eps were not attacked again")
     if attack is not None and hasattr(attack, "notes"):
@@ -136,14 +132,14 @@ def noted(s: Setting, attack: Any, carried: bool) -> list[str]:
     return notes
 
 
-def one_answer(found: Tensor, y: Tensor, classes: Sequence[str]) -> list[str]:
-    """A sentence if most images are given one class [N] that few of them have: what a tuning that fell apart does."""
-    k = int(found.bincount().argmax())
-    given, own = float((found == k).float().mean()), float((y == k).float().mean())
-    if len(y) < LEAST or given < MOSTLY or given < 3 * own:
+def guessing(s: Setting, clean: Tensor) -> list[str]:
+    """A sentence if a tuned model's clean accuracy is not told from guessing: then its tuning may have fallen apart."""
+    found, classes = accuracy(clean.tolist()), len(s.task.classes)
+    if not s.model.run or found["low"] > 1 / classes:
         return []
-    told = f"{given:.0%} of the images are called {classes[k]!r}, which {own:.0%} of them are"
-    return [f"{told}: a tuning that fell apart does so; tune with a smaller lr"]
+    told = f"clean accuracy is not told from a guess among {classes} classes by {found['n']} images"
+    own = s.task.name == s.model.run["train"]["name"]
+    return [f"{told}: the tuning may have fallen apart; look at train.jsonl, tune with a smaller lr" if own else told]
 
 
 def attack_facts(attack: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def select(task: Task, split: Split, track: Callable[[Iterable[int]], Iterable[i
             part.hashes(track)
     records = named_part(task, split.part)
     if split.shots is not None:
-        records = take_shots(records, split.shots, split.seed, task.classes, scarce(task))
+        records = take_shots(records, split.shots, split.seed, task.classes, scarce(task, len(records)))
     records = in_order(records)
     return records.subset(range(len(records))[: split.limit])
 
@@ -115,10 +115,10 @@ def cut(records: Part, share: int, classes: Sequence[str], purpose: str) -> tupl
     return records.subset(kept), records.subset([i for i, sha in enumerate(hashes) if sha in held])
 
 
-def scarce(task: Task) -> str:
-    """What to do where a set has too few images a class: CoOp's split often has more than the official one."""
+def scarce(task: Task, n: int) -> str:
+    """What else to do where a class has too few of n training images: CoOp's split, where that has more."""
     coop = entry(task.name)["coop"] if task.name in names() else None
-    return f", or take CoOp's split ({coop['split']})" if coop and "CoOp" not in task.split else ""
+    return f", or take CoOp's split ({coop['split']})" if coop and coop["counts"]["train"] > n else ""
 
 
 def take_shots(records: Part, shots: int, seed: int, classes: Sequence[str], advice: str = "") -> Part:

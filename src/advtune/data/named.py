@@ -41,6 +41,15 @@ def open_named(name: str) -> Source:
     return to_catalog(source, name, facts, hub=True)
 
 
+def is_here(name: str) -> bool:
+    """Whether a set can be opened without the hub, as far as names of files tell."""
+    facts = entry(name)
+    if facts["embedded"] or not os.environ.get("ADVTUNE_DATA"):
+        return bool(facts["embedded"])
+    top, coop = expanded(os.environ["ADVTUNE_DATA"]), facts["coop"]
+    return (top / name).is_dir() or bool(coop and (top / coop["folder"] / coop["split"]).is_file())
+
+
 def _own_copy(name: str, facts: Mapping[str, Any]) -> Source | None:
     if not os.environ.get("ADVTUNE_DATA"):
         return None
