@@ -662,6 +662,19 @@ def test_templates_of_a_study_stand_for_those_of_the_sets(study, calls, tmp_path
     assert plan(small(**image_side))
 
 
+def test_methods_left_out_take_their_tables_along(monkeypatch):
+    facts = {"protocol": "few-shot", "methods": ["tecoa", "vpt"], "data": ["cifar10"], "shots": [1]}
+    facts |= {"method": {"tecoa": {"lr": 0.5}, "vpt": {"depth": 3}}}
+    monkeypatch.setattr("advtune.study.read", lambda path: dict(facts))
+    (run,) = plan(from_flags({"study": "s.toml", "methods": ["tecoa"]}))
+    assert run.settings()["recipe"]["lr"] == 0.5
+    with pytest.raises(UserError, match="options for vpt, which is not among the methods"):
+        from_flags({"study": "s.toml", "methods": ["tecoa"], "options": ["vpt.lr=0.1"]})
+    facts["method"]["coop"] = {"lr": 0.1}
+    with pytest.raises(UserError, match="options for coop, which is not among the methods"):
+        from_flags({"study": "s.toml", "methods": ["tecoa"]})
+
+
 def test_flags_of_words_and_side():
     flags = {"study": "few-shot", "methods": ["zero-shot"], "data": ["cifar10"], "template": ["a {}", "the {}"]}
     found = from_flags(flags | {"image_size": 96})

@@ -175,7 +175,9 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
     place = flags["study"]
     facts: dict[str, Any] = {"protocol": place} if place in PROTOCOLS else read(place)
     typed(facts)
-    options, methods = dict(facts.get("options", {})), {name: dict(t) for name, t in facts.get("method", {}).items()}
+    left = {*facts.get("methods", ())}.difference(flags.get("methods") or facts.get("methods", ()))  # out, by --methods
+    options = dict(facts.get("options", {}))
+    methods = {name: dict(table) for name, table in facts.get("method", {}).items() if name not in left}
     given = pairs(flags.get("options") or (), "study: -o")
     if flags.get("epochs") is not None and "epochs" in given:
         raise UserError("study: --epochs and -o epochs say the same; give one")
