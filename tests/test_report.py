@@ -378,7 +378,7 @@ def test_subsets_and_splits_are_told_apart_and_older_rows_are_over_all():
 
 
 def test_rows_that_do_not_name_a_later_field_of_an_attack_are_of_the_same_setting():
-    now = {"loss": "ce", "eot": 1, "bpda": False}
+    now = {"loss": "ce", "eot": 1, "bpda": False, "norm": "linf"}
     stages = [{"name": "apgd-ce", "eps": 4 / 255}, {"name": "square", "eps": 4 / 255}]
     old = ATTACK | {"stages": stages}
     new = ATTACK | now | {"stages": [stage | {"bpda": False} for stage in stages]}
@@ -388,7 +388,7 @@ def test_rows_that_do_not_name_a_later_field_of_an_attack_are_of_the_same_settin
     assert [line["seeds"] for line in table(tuned)] == [[0, 1]]
     again = [make("tecoa", attack=old), make("tecoa", robust=5, attack=new)]
     assert [line["robust_accuracy"] for line in table(again)] == [0.5]
-    for other in ({"bpda": True}, {"eot": 2}, {"loss": "dlr"}):
+    for other in ({"bpda": True}, {"eot": 2}, {"loss": "dlr"}, {"norm": "l2"}):
         assert len(table([make("tecoa", attack=old), make("tecoa", attack=new | other)])) == 2
 
 
