@@ -15,7 +15,7 @@ BLIND = 0.10  # share of exactly-zero input gradients above which an attack may 
 FINE = 8  # steps of 1/255, below which quarters of one are written
 KIND = "train.attack.name"
 TRAINED_ON = ("train.name", "train.part", "train.shots")  # with the method, columns of their own
-LATER = {"loss": "ce", "eot": 1, "bpda": False, "norm": "linf"}  # fields of attacks, at the value that rows without them had
+LATER = {"loss": "ce", "eot": 1, "bpda": False, "norm": "linf"}  # fields of attacks, as in rows that are without them
 VARIES = ("seed", "n", "sha256", "skipped")  # of a split: what a seed changes
 
 
