@@ -42,7 +42,7 @@ def loaded(task):
 
 
 class Run:
-    """A run before its first step, whose batch is the first five images."""
+    """A run that has moved a little, whose batch is the first five images."""
 
     def __init__(self, way, vlm, task, loaded):
         self.images = loaded
@@ -51,6 +51,9 @@ class Run:
         self.models = method.setup(vlm, task, 0)
         self.tokens = {name: each.tokens(task.classes, task.template) for name, each in self.models.items()}
         self.learning = [p for model in self.models.values() for p in model.parameters() if p.requires_grad]
+        random = torch.Generator().manual_seed(5)
+        for p in self.learning:  # from its start, where TGA-ZSR's distance from the original has no gradient
+            p.data += 0.02 * torch.randn(p.shape, generator=random)
         self.optimiser = torch.optim.SGD(self.learning, 0.1)
         self.kept = step.prepare(self.plan, self.models, self.tokens, loaded, False)
         self.start = torch.rand(B, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * EPS
