@@ -172,8 +172,8 @@ def printed(entry: Mapping[str, Any], subset: str, part: str) -> tuple[int | Non
     images are known, a fifth is taken to be tested on, as of a set without a split."""
     every = len(entry["classes"])
     classes = {"all": every, "base": (every + 1) // 2, "new": every // 2}[subset]
-    counts = entry["counts"] or ({"all": entry["total"]} if entry["hub"] and entry["total"] else {})
-    n = of_part(counts or (entry["coop"] or {}).get("counts", {}), part)
+    coop = (entry["coop"] or {}).get("counts", {})
+    n = of_part(entry["counts"] or ({"all": entry["total"] or sum(coop.values())} if entry["hub"] else coop), part)
     return (None if n is None else round(n * classes / every)), classes
 
 

@@ -27,7 +27,7 @@ def entry(name: str) -> dict[str, Any]:
     """The facts of one of `names`, a fresh copy each call. Raises KeyError for another name.
 
     `title`, `template` (one {}), `licence`, `classes` (label order), `counts` of the hub's, the embedded or the
-    official parts ({} if unknown), `total` (images in all, where no split is official), `split` (what these parts are),
+    official parts ({} if unknown), `total` (images in all, where no split is known), `split` (what these parts are),
     `hub` (OWNER/NAME, OWNER/NAME:CONFIG or None), `label` (its label column, "" if it has a usual name), `embedded`
     (folder under advtune/assets, or None), `coop` (folder, images, split and counts of CoOp's split file, or None),
     `unverified` (what was not seen at its source, "" if nothing).
