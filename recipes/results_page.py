@@ -156,7 +156,7 @@ def amount(row: Row) -> Any:
 
 def trained(row: Row) -> str:
     train = row.train or {}
-    shots = f"{train['shots']} shot{'s' if train['shots'] != 1 else ''}" if train["shots"] else f"{train['n']:,} images"
+    shots = few(train["shots"]) if train["shots"] else f"{train['n']:,} images"
     return shots if train["name"] == row.data["name"] else f"{train['name']}, {shots}"
 
 
@@ -212,8 +212,12 @@ def tuned_on(line: Line) -> str:
     limit = (line["settings"].get("train") or {}).get("limit")
     shots = f"{limit:,} images" if limit else "all"
     if line["train_shots"]:
-        shots = f"{line['train_shots']} shot{'s' if line['train_shots'] != 1 else ''}"
+        shots = few(line["train_shots"])
     return shots if line["train"] == line["dataset"] else f"{line['train']}, {shots}"
+
+
+def few(shots: int) -> str:
+    return f"{shots} shot{'s' if shots != 1 else ''}"
 
 
 def mark(line: Line) -> str:
