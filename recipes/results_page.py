@@ -6,7 +6,8 @@ Command:  python recipes/results_page.py --take runs/offline-few-shot   (--check
 evaluation that was made again, with whatever settings, the new one counts.
 A mark is a line `<!-- KIND FILE ... -->`, FILE one of docs/results/*.jsonl, and what it makes ends at `<!-- end -->`:
 table (a line a method), halves (base and new classes, harmonic means), curve (a line a method, a column an eps, and a
-picture), rankings (what papers put first, tested on our images). All else is written by hand.
+picture), rankings (what papers put first, tested on our images), survivors (what stood PGD and fell to AutoAttack). All
+else is written by hand.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.plot import pictures
 from advtune.report.published import published
 from advtune.report.table import group_by, latest, pixels, table
-from advtune.results import Row, read, write_atomic
+from advtune.results import Row, read, wilson, write_atomic
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results", ROOT / "docs" / "assets"
-MARK = re.compile(r"(<!-- (table|halves|curve|rankings) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (table|halves|curve|rankings|survivors) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ORDER = list(METHODS)
 Line = dict[str, Any]
 
@@ -120,6 +121,49 @@ def rankings(names: Sequence[str]) -> str:
             line = [paper, f"{first} > {second}", pair["train"], gap, where, str(len(robust["pairs"]))]
             out.append([*line, points(robust), points(clean), verdict(robust)])
     return markdown(out, words=5)
+
+
+def survivors(names: Sequence[str]) -> str:
+    """How many of the images that stand PGD fall to AutoAttack: a line a method, the same models and images in both."""
+    out = [["Data, eps", "Method", "Models", "Images", "Clean", "PGD", "AutoAttack", "Fell, of PGD's survivors"]]
+    counts, models = [], 0
+    rows = sorted((row for row in rows_of(names) if row.attack), key=lambda row: ORDER.index(row.method))
+    for (data, eps, method), own in by(rows, lambda row: row.data["name"], at, lambda row: row.method):
+        of_it = [stood(*pair) for _, same in by(own, lambda row: row.model) if (pair := pgd_and_auto(same))]
+        if of_it:
+            counts, models = [*counts, *of_it], models + len(of_it)
+            out.append([f"{data}, {eps}", method, str(len(of_it)), *shares(of_it)])
+    return markdown([*out, ["all", "", str(models), *shares(counts)]], words=2)
+
+
+def at(row: Row) -> str:
+    return pixels((row.attack or {})["eps"])
+
+
+def pgd_and_auto(rows: Sequence[Row]) -> tuple[Row, Row] | None:
+    """One model's rows under both attacks on the same images, when there are."""
+    found = {(row.attack or {})["name"]: row for row in rows}
+    if not {"pgd", "autoattack"} <= found.keys():
+        return None
+    if found["pgd"].data["sha256"] != found["autoattack"].data["sha256"] or len(found) != len(rows):
+        raise SystemExit(f"{rows[0].method}: PGD and AutoAttack are not on the same images, or one is there twice")
+    return found["pgd"], found["autoattack"]
+
+
+def stood(pgd: Row, auto: Row) -> list[int]:
+    """Images: all, right without an attack, under PGD, under AutoAttack, and under PGD alone."""
+    both = list(zip(pgd.flags["robust"], auto.flags["robust"], strict=True))
+    one, two = (row.flags["robust"].count("1") for row in (pgd, auto))
+    return [len(both), auto.flags["clean"].count("1"), one, two, both.count(("1", "0"))]
+
+
+def shares(models: Sequence[Sequence[int]]) -> list[str]:
+    """An interval for one model alone: images of several are the same images."""
+    n, clean, one, two, fell = (sum(each) for each in zip(*models, strict=True))
+    low, high = wilson(two, n)
+    interval = f" \\[{100 * low:.1f}, {100 * high:.1f}\\]" if len(models) == 1 else ""
+    percent = [f"{100 * each / n:.1f}" for each in (clean, one, two)]
+    return [str(n), *percent[:2], percent[2] + interval, f"{fell} of {one}"]
 
 
 def paired(rows: Sequence[Row], first: str, second: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -249,7 +293,7 @@ def drawings(page: str) -> dict[Path, Callable[[], bytes]]:
     }
 
 
-KINDS = {"table": tables, "halves": halves, "curve": curve, "rankings": rankings}
+KINDS = {"table": tables, "halves": halves, "curve": curve, "rankings": rankings, "survivors": survivors}
 
 
 def main() -> None:
