@@ -276,7 +276,9 @@ def test_the_average_is_the_result(method, options, vlm, task, monkeypatch):
         assert value.dim() < 2 or not torch.allclose(value, seen[-1][name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{"interpolate": 0.5}, {"average": 0.9, "guide": "average"}])
+@pytest.mark.parametrize(
+    "options", [{"interpolate": 0.5}, pytest.param({"average": 0.9, "guide": "average"}, marks=pytest.mark.slow)]
+)
 def test_a_compiled_low_rank_run_answers_in_memory_as_it_would_from_disk(options, clip_folder, task):
     found = []
     for compiled in ("", "eager"):

@@ -359,7 +359,7 @@ def test_a_killed_process_goes_on(clip_folder, image_folder, tmp_path, capsys, s
     out = tmp_path / "out"
     arguments = [
         "evaluate", "zero-shot", "--backbone", str(clip_folder), "--data", f"folder:{image_folder}", "--device", "cpu",
-        "--precision", "fp32", "--batch-size", "1", "--attack", "autoattack", "-a", "eps=6/255",
+        "--precision", "fp32", "--batch-size", "1", "--attack", "autoattack", "-a", "eps=6/255", "--limit", "8",
     ]  # fmt: skip
     child = subprocess.Popen(
         [sys.executable, "-c", SHORT, *arguments, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
