@@ -73,8 +73,8 @@ def guide() -> dict[str, Options]:
 def adversary() -> dict[str, Options]:
     found: dict[str, Options] = {who: {"adversary": who} for who in ("ce", "kl", "features", "guide")}
     found["single-step"] = {"attack": {"name": "n-fgsm"}}
-    found["eps 1.5/255"] = {"attack": {"eps": 1.5 / 255}}
-    found["eps 2/255"] = {"attack": {"eps": 2 / 255}}
+    found["eps 1.5"] = {"attack": {"eps": 1.5 / 255}}
+    found["eps 2"] = {"attack": {"eps": 2 / 255}}
     return found
 
 
