@@ -675,6 +675,18 @@ def test_methods_left_out_take_their_tables_along(monkeypatch):
         from_flags({"study": "s.toml", "methods": ["tecoa"]})
 
 
+def test_methods_left_out_take_the_training_attack_along(monkeypatch):
+    facts = {"protocol": "few-shot", "methods": ["tecoa", "coop"], "data": ["cifar10"], "shots": [1]}
+    monkeypatch.setattr("advtune.study.read", lambda path: facts | {"train_attack": {"eps": "4/255"}})
+    both = plan(from_flags({"study": "s.toml"}))
+    apart = [plan(from_flags({"study": "s.toml", "methods": [name]}))[0] for name in ("tecoa", "coop")]
+    assert [run.key for run in apart] == [run.key for run in both]
+    with pytest.raises(UserError, match="none of the methods tunes on adversarial"):
+        plan(from_flags({"study": "s.toml", "methods": ["coop"], "train_attack": ["eps=1/255"]}))
+    with pytest.raises(UserError, match="unknown method 'tecoo'"):
+        from_flags({"study": "s.toml", "methods": ["tecoo"]})
+
+
 def test_flags_of_words_and_side():
     flags = {"study": "few-shot", "methods": ["zero-shot"], "data": ["cifar10"], "template": ["a {}", "the {}"]}
     found = from_flags(flags | {"image_size": 96})
