@@ -37,12 +37,12 @@ Options = Mapping[str, Any]
 # What stages before decided, from the log; a stage's candidates are laid over it.
 CHOSEN: dict[str, Options] = {
     "guide": {"trainable": "low-rank", "lr": 3e-3},
-    "adversary": {"trainable": "low-rank", "lr": 3e-3},
-    "weights": {"trainable": "low-rank", "lr": 3e-3},
+    "adversary": {"trainable": "low-rank", "lr": 3e-3, "guide": "none"},
+    "weights": {"trainable": "low-rank", "lr": 3e-3, "guide": "none"},
 }
 RATES = {
     "text-prompts": ("sgd", (0.02, 0.1)), "image-prompts": ("sgd", (0.02, 0.1)), "prompts": ("sgd", (0.02, 0.1)),
-    "low-rank": ("adamw", (3e-4, 1e-3, 3e-3)), "image-tower": ("adamw", (1e-5, 3e-5, 1e-4)),
+    "low-rank": ("adamw", (3e-4, 1e-3, 3e-3, 1e-2)), "image-tower": ("adamw", (1e-5, 3e-5, 1e-4)),
 }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def trainable() -> dict[str, Options]:
 
 def guide() -> dict[str, Options]:
     found: dict[str, Options] = {"none": PLAIN, "none, consistency": {"guide": "none"}}
+    found["none, consistency 3"] = {"guide": "none", "consistency": 3.0}
     for (g, more), sees in product(
         (("frozen", {}), ("online", {}), ("average", {"average": 0.9})), ("clean", "adversarial")
     ):
@@ -71,7 +72,8 @@ def guide() -> dict[str, Options]:
 
 
 def adversary() -> dict[str, Options]:
-    found: dict[str, Options] = {who: {"adversary": who} for who in ("ce", "kl", "features", "guide")}
+    found: dict[str, Options] = {who: {"adversary": who} for who in ("ce", "kl", "features")}
+    found["guide"] = {"adversary": "guide", "guide": "frozen"}
     found["single-step"] = {"attack": {"name": "n-fgsm"}}
     found["eps 1.5"] = {"attack": {"eps": 1.5 / 255}}
     found["eps 2"] = {"attack": {"eps": 2 / 255}}
@@ -79,7 +81,7 @@ def adversary() -> dict[str, Options]:
 
 
 def weights() -> dict[str, Options]:
-    found: dict[str, Options] = {f"average {decay:g}": {"average": decay} for decay in (0.0, 0.9, 0.99)}
+    found: dict[str, Options] = {f"average {decay:g}": {"average": decay} for decay in (0.9, 0.99)}
     found |= {f"interpolate {share:g}": {"interpolate": share} for share in (0.6, 0.8)}
     return found | {f"rank {rank}": {"rank": rank} for rank in (2, 32)}
 
