@@ -81,7 +81,7 @@ def adversary() -> dict[str, Options]:
 
 
 def weights() -> dict[str, Options]:
-    found: dict[str, Options] = {f"average {decay:g}": {"average": decay} for decay in (0.9, 0.99)}
+    found: dict[str, Options] = {f"ema {decay:g}": {"average": decay} for decay in (0.9, 0.99)}
     found |= {f"interpolate {share:g}": {"interpolate": share} for share in (0.6, 0.8)}
     return found | {f"rank {rank}": {"rank": rank} for rank in (2, 32)}
 

@@ -17,7 +17,7 @@ import design_space
 from claims import claim
 
 from advtune.protocols import slug
-from advtune.report.table import group_by
+from advtune.report.table import canonical, group_by
 from advtune.results import Row, mean_and_spread, read, write_atomic
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +32,10 @@ def search(stage: str) -> str:
     sets = [design_space.TRANSFER, *design_space.UNSEEN] if stage == "transfer" else design_space.DATA
     out = [["Candidate", "Seeds", *sets, "Mean"]]
     for label in design_space.STAGES[stage]():
-        of_sets = group_by(rows.get(slug(f"{stage} {label}"), []), lambda row: row.data["name"])
-        if of_sets:
+        own = rows.get(slug(f"{stage} {label}"), [])
+        if len({canonical([row.options, row.recipe]) for row in own}) > 1:
+            raise SystemExit(f"{stage}, {label}: rows of other options have this name")
+        if of_sets := group_by(own, lambda row: row.data["name"]):
             pairs = {name: both(of) for name, of in of_sets.items()}
             cells = [f"{pairs[name][0]:.1f} / {pairs[name][1]:.1f}" if name in pairs else "-" for name in sets]
             whole = pairs.keys() >= set(sets)
