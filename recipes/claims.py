@@ -1,125 +1,198 @@
-"""One method of ours against each of its rivals, from rows on disk: the tables of claims in docs/which-method.md.
+"""The claims of docs/guided.md: what was promised before any test image was looked at, and what the rows say of it.
 
 A claim is won against a rival when robust accuracy is at least 2 points higher and clean accuracy no less, or the
-reverse, on the average of the sets. Higher: the 95 % interval leaves 0 out, and every seed points that way. No less:
-the interval's lower end is above -2 points. The interval is a bootstrap over images, drawn within each set; an image's
-number is the mean over shots and seeds. Where a rival has no row under our attack its PGD row stands for it: the rival
-is then met by the weaker attack, and the difference shown is, but for chance, the least that it can be.
+reverse, both on the average of the promised sets. Higher: the 95 % interval leaves 0 out. No less: the difference is
+not negative and its interval begins above -2 points. Lost: the rival wins in this sense. The interval is a bootstrap
+over test images, drawn within each set, and over training seeds, drawn within each set and number of shots; p is of a
+test that flips the signs of images, and is of these models. Our rows under AutoAttack make the claim. Where a rival has
+none its PGD row stands for it: met by the weaker attack it looks no worse, but for chance, than it is. AutoAttack may
+be on the first images of the slice that PGD is on; clean accuracy is then of the whole slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from marks import markdown, points
 
-from advtune.report.table import group_by, pixels
+from advtune.report.table import canonical, group_by, pixels
 from advtune.results import Row
 
-MARGIN = 0.02
-EPS = "1/255"
-ATTACKS = {"pgd": "PGD", "autoattack": "AutoAttack"}  # the weaker first
+MARGIN, EPS, OURS, DRAWS = 0.02, "1/255", "guided", 10_000
+ATTACKS = {"autoattack": "AutoAttack", "pgd": "PGD"}
 HEAD = [
-    "Against", "Sets", "Models", "Images a set", "Attack on ours / theirs", "Robust, ours / theirs", "Robust, points",
-    "Clean, ours / theirs", "Clean, points", "Claim",
+    "Against", "Models", "Attack, ours / theirs", "n", "Robust", "Robust, points", "p", "Clean", "Clean, points", "p",
+    "Told",
 ]  # fmt: skip
 Cell = tuple[str, int | None, int]  # set tested on, shots, seed of the training
 
 
-def claim(rows: Sequence[Row], ours: str, rivals: Sequence[str]) -> str:
-    """A Markdown table: under each attack that ours has rows of, a line a rival."""
-    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)]]
-    for attack in reversed(ATTACKS):
-        for rival in rivals:
-            if pairs := paired(rows, ours, rival, attack):
-                lines.append(line(rival, pairs))
-    return "\n".join(f"| {' | '.join(each)} |" for each in lines)
+@dataclass(frozen=True)
+class Claim:
+    """What is promised: the rivals, and each model that is compared. `trained`: one set, else each set itself."""
+
+    rivals: tuple[str, ...]
+    sets: tuple[str, ...]
+    shots: tuple[int | None, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    trained: str = ""
+
+    def cells(self) -> list[Cell]:
+        return [(name, shots, seed) for name in self.sets for shots in self.shots for seed in self.seeds]
 
 
-def paired(rows: Sequence[Row], ours: str, rival: str, attack: str) -> dict[str, list[tuple[Row, Row]]]:
-    """Ours and theirs of the same set, shots and seed, by set; only what both sides have."""
-    mine, theirs = (cells(rows, method) for method in (ours, rival))
-    found: dict[str, list[tuple[Row, Row]]] = {}
-    for cell in sorted(mine.keys() & theirs.keys(), key=str):
-        other = theirs[cell].get(attack) or theirs[cell].get("pgd")
-        if attack in mine[cell] and other:
-            found.setdefault(cell[0], []).append((mine[cell][attack], other))
-    return found
+SETS = ("caltech101", "cifar10", "fashion-mnist")
+CLAIMS = {
+    "few-shot": Claim(("capt", "apd", "fap", "advmaple"), SETS, (4, 16)),
+    "transfer": Claim(("tecoa", "fare", "pmg-aft", "agft", "tga-zsr"), SETS, (None,), trained="tinyimagenet"),
+}
 
 
-def cells(rows: Sequence[Row], method: str) -> dict[Cell, dict[str, Row]]:
-    """Of each model the rows at 1/255 by attack. Raises SystemExit when one is there twice."""
+def claimed(claim: Claim, rows: Sequence[Row]) -> str:
+    """A Markdown table, a line a rival, first under AutoAttack, then under PGD, and a sentence on the first.
+
+    Raises SystemExit for a rival without a row, and for rows that may not be compared.
+    """
+    ours, lines, told = models(claim, rows, OURS), [HEAD], []
+    for attack in ATTACKS:
+        for rival in claim.rivals:
+            pairs = paired(ours, models(claim, rows, rival), attack)
+            if not pairs:
+                raise SystemExit(f"{OURS} and {rival} have no model in common under {attack}")
+            whole = len(pairs) == len(claim.cells())
+            clean, robust = differences(pairs, "clean"), differences(pairs, "robust")
+            word = verdict(robust, clean) if whole else f"{len(pairs)} of {len(claim.cells())} models"
+            told += [word] if attack == "autoattack" else []
+            lines.append([rival, str(len(pairs)), *facts(pairs), *shown(robust), *shown(clean), word])
+    won = sum(word.startswith("won") for word in told)
+    whole = all("models" not in word for word in told)
+    end = (
+        "the claim " + ("holds" if won == len(told) else "does not hold")
+        if whole
+        else "not all of the models are there"
+    )
+    return f"{markdown(lines, words=1)}\n\nUnder AutoAttack: won against {won} of {len(told)}; {end}."
+
+
+def models(claim: Claim, rows: Sequence[Row], method: str) -> dict[Cell, dict[str, Row]]:
+    """Of each promised model its rows at 1/255, by attack. Raises SystemExit for rows that do not belong together."""
     found: dict[Cell, dict[str, Row]] = {}
     for row in rows:
-        if row.method != method or not (row.train and row.attack and row.robust) or pixels(row.attack["eps"]) != EPS:
+        train, attack = row.train or {}, row.attack or {}
+        cell = (row.data["name"], train.get("shots"), train.get("seed", -1))
+        asked = row.method == method and attack.get("name") in ATTACKS and pixels(attack["eps"]) == EPS
+        if not asked or cell not in claim.cells() or train["name"] != (claim.trained or row.data["name"]):
             continue
-        if row.data["part"] != "test":
-            raise SystemExit(f"{method}: a row of {row.data['name']} is not of test images")
-        of = found.setdefault((row.data["name"], row.train["shots"], row.train["seed"]), {})
-        if of.setdefault(row.attack["name"], row) is not row:
-            raise SystemExit(
-                f"{method}: two rows of {row.data['name']}, seed {row.train['seed']}, {row.attack['name']}"
-            )
+        if found.setdefault(cell, {}).setdefault(attack["name"], row) is not row:
+            raise SystemExit(f"{method}: two rows of {cell} under {attack['name']}")
+    flat = [row for each in found.values() for row in each.values()]
+    one("options, recipe or training attack", [[r.options, r.recipe, (r.train or {})["attack"]] for r in flat], method)
+    for cell, each in found.items():
+        one(f"model of {cell}", [row.model for row in each.values()], method)
     return found
 
 
-def line(rival: str, pairs: dict[str, list[tuple[Row, Row]]]) -> list[str]:
-    flat = [pair for each in pairs.values() for pair in each]
-    names = [sorted({ATTACKS[(row.attack or {})["name"]] for row in side}) for side in zip(*flat, strict=True)]
-    robust, clean = numbers(pairs, "robust"), numbers(pairs, "clean")
-    images = sorted({common(each) for each in pairs.values()})
-    counts = [", ".join(pairs), str(len(flat)), " to ".join(map(str, dict.fromkeys((images[0], images[-1]))))]
-    attacks = " / ".join(", ".join(each) for each in names)
-    return [rival, *counts, attacks, *shown(robust), *shown(clean), verdict(robust, clean)]
+def paired(ours: dict[Cell, dict[str, Row]], theirs: dict[Cell, dict[str, Row]], attack: str) -> dict[Cell, Any]:
+    """For each model of both sides: (the row attacked, the row with the most images) of ours and of theirs."""
+    found = {}
+    for cell, mine in ours.items():
+        rival = theirs.get(cell, {})
+        if attack in mine and (other := rival.get(attack) or rival.get("pgd")):
+            found[cell] = tuple((row, longest(side)) for row, side in ((mine[attack], mine), (other, rival)))
+    for name, cells in group_by(list(found), lambda cell: cell[0]).items():
+        rows = [row for cell in cells for side in found[cell] for row in side]
+        about = [
+            [row.data.get(key) for key in ("part", "subset", "resolution", "classes", "texts_sha256")] for row in rows
+        ]
+        one(f"words, classes, part or resolution of {name}", about, "both")
+        one(f"backbone on {name}", [row.backbone["sha256"] for row in rows], "both")
+        for n, of in group_by(rows, lambda row: row.clean["n"]).items():
+            one(f"first {n} images of {name}", [row.data["sha256"] for row in of], "both")
+        if any(row.data.get("skipped") or row.data["part"] != "test" for row in rows):
+            raise SystemExit(f"{name}: rows with images left out, or not of test images")
+    return found
 
 
-def common(pairs: Sequence[tuple[Row, Row]]) -> int:
-    """Images that all rows of a set hold: of two test slices of one set the shorter is the beginning of the longer."""
-    return min(row.clean["n"] for pair in pairs for row in pair)
+def one(what: str, values: Sequence[Any], who: str) -> None:
+    if len({canonical(value) for value in values}) > 1:
+        raise SystemExit(f"{who}: not one {what}")
 
 
-def numbers(pairs: dict[str, list[tuple[Row, Row]]], which: str) -> dict[str, Any]:
-    """The accuracy of both sides and their difference: on average over sets, with its interval, and seed by seed."""
-    sides = {
-        name: np.array([[flags(row, which, common(each)) for row in pair] for pair in each])  # [pairs, 2, images]
-        for name, each in pairs.items()
-    }
-    ours, theirs = (fmean(float(side[:, i].mean()) for side in sides.values()) for i in (0, 1))
-    low, high = interval([(side[:, 0] - side[:, 1]).mean(0) for side in sides.values()])
-    seeds = group_by(
-        [(row.train["seed"], set_, i) for set_, each in pairs.items() for i, (row, _) in enumerate(each) if row.train],
-        lambda place: place[0],
-    )
-    of_seeds = [
-        fmean(float((sides[name][i, 0] - sides[name][i, 1]).mean()) for _, name, i in places)
-        for places in seeds.values()
+def longest(rows: dict[str, Row]) -> Row:
+    return max(rows.values(), key=lambda row: row.clean["n"])
+
+
+def facts(pairs: dict[Cell, Any]) -> list[str]:
+    """The attacks on both sides, and on how many images of each set."""
+    sides = [sorted({ATTACKS[pair[side][0].attack["name"]] for pair in pairs.values()}) for side in (0, 1)]
+    n = sorted({min(row.clean["n"] for row, _ in pair) for pair in pairs.values()})
+    return [
+        " / ".join(" or ".join(side) for side in sides),
+        " to ".join(str(each) for each in dict.fromkeys((n[0], n[-1]))),
     ]
-    return {"ours": ours, "theirs": theirs, "difference": ours - theirs, "low": low, "high": high, "seeds": of_seeds}
 
 
-def flags(row: Row, which: str, n: int) -> list[float]:
-    return [float(flag) for flag in row.flags[which][:n]]
+def differences(pairs: dict[Cell, Any], which: str) -> dict[str, Any]:
+    """Accuracy of ours and of theirs, and their difference with interval and p: the mean over sets, of each over shots,
+    of these over seeds, of these over images."""
+    sets: list[list[np.ndarray]] = []  # a set's, for each number of shots, [seeds, ours and theirs, images]
+    for own in group_by(list(pairs), lambda cell: cell[0]).values():
+        rows = {cell: [row[which == "clean"] for row in pairs[cell]] for cell in own}
+        n = min(row.clean["n"] for pair in rows.values() for row in pair)
+        flags = {cell: np.array([[float(f) for f in r.flags[which][:n]] for r in pair]) for cell, pair in rows.items()}
+        sets.append([np.stack([flags[cell] for cell in same]) for same in group_by(own, lambda cell: cell[1]).values()])
+    ours, theirs = (float(np.mean([np.mean([each[:, i].mean() for each in own]) for own in sets])) for i in (0, 1))
+    gaps = [[each[:, 0] - each[:, 1] for each in own] for own in sets]
+    low, high = interval(gaps)
+    numbers = {"ours": ours, "theirs": theirs, "difference": ours - theirs, "low": low, "high": high}
+    return numbers | {"p": flipped([np.mean([each.mean(0) for each in own], 0) for own in gaps])}
 
 
-def interval(sets: Sequence[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over sets of the mean of `sets`, each [N], drawn within each."""
-    rng = np.random.default_rng(0)
-    means = [each[rng.integers(len(each), size=(draws, len(each)))].mean(1) for each in sets]
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+def interval(sets: Sequence[Sequence[np.ndarray]]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over sets, of each over shots, of `sets[..][..]` [seeds, images]:
+    images are drawn once a set, the same for all its models, seeds within each number of shots."""
+    rng, total = np.random.default_rng(0), np.zeros(DRAWS)
+    for own in sets:
+        n = own[0].shape[1]
+        images = rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n
+        for each in own:
+            seeds = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), DRAWS) / len(each)
+            total += np.einsum("ds,sn,dn->d", seeds, each, images, optimize=True) / len(own) / len(sets)
+    low, high = np.quantile(total, [0.025, 0.975])
     return float(low), float(high)
 
 
+def flipped(sets: Sequence[np.ndarray]) -> float:
+    """Two-sided p of a mean of 0 over sets of numbers [images]: how often signs of chance give as much."""
+    rng = np.random.default_rng(0)
+    chance = sum(rng.choice([-1.0, 1.0], (DRAWS, len(each))) @ each / len(each) for each in sets)
+    seen = abs(sum(each.mean() for each in sets))
+    return float((1 + (np.abs(chance) >= seen - 1e-9).sum()) / (1 + DRAWS))
+
+
 def verdict(robust: dict[str, Any], clean: dict[str, Any]) -> str:
-    for more, other, what in ((robust, clean, "robust"), (clean, robust, "clean")):
-        higher = more["difference"] >= MARGIN and more["low"] > 0 and min(more["seeds"]) > 0
-        if higher and other["low"] > -MARGIN:
-            return f"won: {what}"
-    return "not won"
+    kinds = {"robust": (robust, clean), "clean": (clean, robust)}
+    for word, sides in (("won", kinds), ("lost", {k: (turned(a), turned(b)) for k, (a, b) in kinds.items()})):
+        if found := [kind for kind, (more, other) in sides.items() if higher(more) and no_less(other)]:
+            return f"{word}: {' and '.join(found)}"
+    return "not told"
 
 
-def shown(found: dict[str, Any]) -> list[str]:
-    difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
-    both = f"{100 * found['ours']:.1f} / {100 * found['theirs']:.1f}"
-    return [both, f"{difference:+.1f} \\[{low:.1f}, {high:.1f}\\]"]
+def higher(numbers: dict[str, Any]) -> bool:
+    return bool(numbers["difference"] >= MARGIN - 1e-9 and numbers["low"] > 0)
+
+
+def no_less(numbers: dict[str, Any]) -> bool:
+    return bool(numbers["difference"] >= 0 and numbers["low"] > -MARGIN)
+
+
+def turned(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {"difference": -numbers["difference"], "low": -numbers["high"], "high": -numbers["low"]}
+
+
+def shown(numbers: dict[str, Any]) -> list[str]:
+    p = f"{numbers['p']:.4f}" if numbers["p"] >= 0.0005 else "< 0.0005"
+    return [f"{100 * numbers['ours']:.1f} / {100 * numbers['theirs']:.1f}", points(numbers), p]

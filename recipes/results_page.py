@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from marks import by, markdown, points, renew
+from survivors import survivors
+
 from advtune.comparison import ALPHA, compare
 from advtune.methods import METHODS
 from advtune.report.figures import eps_panels
@@ -26,11 +29,11 @@ from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.plot import pictures
 from advtune.report.published import published
 from advtune.report.table import group_by, latest, pixels, table
-from advtune.results import Row, read, wilson, write_atomic
+from advtune.results import Row, read, write_atomic
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results", ROOT / "docs" / "assets"
-MARK = re.compile(r"(<!-- (table|halves|curve|rankings|survivors) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CURVE = re.compile(r"<!-- curve ([^>]+) -->")
 ORDER = list(METHODS)
 Line = dict[str, Any]
 
@@ -57,7 +60,7 @@ RANKINGS: list[tuple[str, str, str, str, dict[str, Any]]] = [
 ]
 
 
-def tables(names: Sequence[str]) -> str:
+def tables(*names: str) -> str:
     """One table for each data set, size and amount of training images, as Markdown: a line a method, a column for clean
     and for each attack."""
     texts = []
@@ -88,23 +91,23 @@ def grid(lines: list[Line]) -> str:
     return markdown(out, words=1)
 
 
-def halves(names: Sequence[str]) -> str:
+def halves(*names: str) -> str:
     """Base and new classes, and the harmonic mean of the two; methods in the registry's order."""
     found = sorted(harmonic_means(rows_of(names)), key=lambda line: ORDER.index(line["method"]))
     cells = harmonic_table(found)
     return markdown([[*line[:2], *line[3:4], *line[6:]] for line in cells], words=2)
 
 
-def curve(names: Sequence[str]) -> str:
+def curve(*names: str) -> str:
     """A table with a column an eps, and a picture of it."""
-    return f"{tables(names)}\n\n![Robust accuracy over eps](assets/{picture(names).name})"
+    return f"{tables(*names)}\n\n![Robust accuracy over eps](assets/{picture(names).name})"
 
 
 def picture(names: Sequence[str]) -> Path:
     return PICTURES / f"{Path(names[0]).stem}.svg"
 
 
-def rankings(names: Sequence[str]) -> str:
+def rankings(*names: str) -> str:
     """What papers put first, and whether our images tell it: the first less the second, in points."""
     rows = rows_of(names)
     head = ["Paper", "First > second", "Tuned on", "Published", "Ours on", "Seeds", "Robust, points", "Clean, points"]
@@ -121,49 +124,6 @@ def rankings(names: Sequence[str]) -> str:
             line = [paper, f"{first} > {second}", pair["train"], gap, where, str(len(robust["pairs"]))]
             out.append([*line, points(robust), points(clean), verdict(robust)])
     return markdown(out, words=5)
-
-
-def survivors(names: Sequence[str]) -> str:
-    """How many of the images that stand PGD fall to AutoAttack: a line a method, the same models and images in both."""
-    out = [["Data, eps", "Method", "Models", "Images", "Clean", "PGD", "AutoAttack", "Fell, of PGD's survivors"]]
-    counts, models = [], 0
-    rows = sorted((row for row in rows_of(names) if row.attack), key=lambda row: ORDER.index(row.method))
-    for (data, eps, method), own in by(rows, lambda row: row.data["name"], at, lambda row: row.method):
-        of_it = [stood(*pair) for _, same in by(own, lambda row: row.model) if (pair := pgd_and_auto(same))]
-        if of_it:
-            counts, models = [*counts, *of_it], models + len(of_it)
-            out.append([f"{data}, {eps}", method, str(len(of_it)), *shares(of_it)])
-    return markdown([*out, ["all", "", str(models), *shares(counts)]], words=2)
-
-
-def at(row: Row) -> str:
-    return pixels((row.attack or {})["eps"])
-
-
-def pgd_and_auto(rows: Sequence[Row]) -> tuple[Row, Row] | None:
-    """One model's rows under both attacks on the same images, when there are."""
-    found = {(row.attack or {})["name"]: row for row in rows}
-    if not {"pgd", "autoattack"} <= found.keys():
-        return None
-    if found["pgd"].data["sha256"] != found["autoattack"].data["sha256"] or len(found) != len(rows):
-        raise SystemExit(f"{rows[0].method}: PGD and AutoAttack are not on the same images, or one is there twice")
-    return found["pgd"], found["autoattack"]
-
-
-def stood(pgd: Row, auto: Row) -> list[int]:
-    """Images: all, right without an attack, under PGD, under AutoAttack, and under PGD alone."""
-    both = list(zip(pgd.flags["robust"], auto.flags["robust"], strict=True))
-    one, two = (row.flags["robust"].count("1") for row in (pgd, auto))
-    return [len(both), auto.flags["clean"].count("1"), one, two, both.count(("1", "0"))]
-
-
-def shares(models: Sequence[Sequence[int]]) -> list[str]:
-    """An interval for one model alone: images of several are the same images."""
-    n, clean, one, two, fell = (sum(each) for each in zip(*models, strict=True))
-    low, high = wilson(two, n)
-    interval = f" \\[{100 * low:.1f}, {100 * high:.1f}\\]" if len(models) == 1 else ""
-    percent = [f"{100 * each / n:.1f}" for each in (clean, one, two)]
-    return [str(n), *percent[:2], percent[2] + interval, f"{fell} of {one}"]
 
 
 def paired(rows: Sequence[Row], first: str, second: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -222,23 +182,6 @@ def verdict(numbers: Line) -> str:
     return "holds" if up else "the other way"
 
 
-def points(numbers: Line) -> str:
-    low, high = 100 * numbers["low"], 100 * numbers["high"]
-    return f"{100 * numbers['difference']:+.1f} \\[{low:.1f}, {high:.1f}\\]"
-
-
-def by(items: Sequence[Any], *keys: str | Callable[[Any], Any]) -> list[tuple[tuple[Any, ...], list[Any]]]:
-    """Items in groups of equal keys, a key being a function or a name in a line."""
-    found = group_by(items, lambda item: tuple(item[key] if isinstance(key, str) else key(item) for key in keys))
-    return list(found.items())
-
-
-def markdown(cells: list[list[str]], words: int) -> str:
-    """Rows of text, the first of them the head, as a table; after so many columns of words come numbers."""
-    rule = ["---"] * words + ["---:"] * (len(cells[0]) - words)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], rule, *cells[1:]])
-
-
 def rows_of(names: Sequence[str]) -> list[Row]:
     return read(*(ROWS / name for name in names))
 
@@ -287,13 +230,19 @@ def evaluated(row: Row) -> tuple[Any, ...]:
 
 def drawings(page: str) -> dict[Path, Callable[[], bytes]]:
     """The pictures that a page shows, and how each is made."""
-    curves = [found[3].split() for found in MARK.finditer(page) if found[2] == "curve"]
+    curves = [names.split() for names in CURVE.findall(page)]
     return {
         picture(names): lambda names=names: pictures(eps_panels(rows_of(names)), ["svg"])["svg"] for names in curves
     }
 
 
-KINDS = {"table": tables, "halves": halves, "curve": curve, "rankings": rankings, "survivors": survivors}
+KINDS = {
+    "table": tables,
+    "halves": halves,
+    "curve": curve,
+    "rankings": rankings,
+    "survivors": lambda *names: survivors(rows_of(names)),
+}
 
 
 def main() -> None:
@@ -307,16 +256,12 @@ def main() -> None:
         keys = {evaluated(row) for row in new}
         old = [row for row in (read(path) if path.is_file() else []) if evaluated(row) not in keys]
         write_atomic(path, "".join(f"{row.to_json()}\n" for row in latest([*old, *new])))
-    old = PAGE.read_text()
-    for path, drawn in drawings(old).items():
+    for path, drawn in drawings(PAGE.read_text()).items():
         if args.check and not path.is_file():
             sys.exit(f"{path} is not there; run: python {sys.argv[0]}")
         if not args.check:
             write_atomic(path, drawn())
-    new = MARK.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3].split())}\n\n{found[4]}", old)
-    if args.check:
-        sys.exit(0 if new == old else f"{PAGE} is not what the rows give; run: python {sys.argv[0]}")
-    PAGE.write_text(new)
+    renew(PAGE, KINDS, args.check)
 
 
 if __name__ == "__main__":

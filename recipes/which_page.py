@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from marks import renew
 
 from advtune.methods import METHODS
 from advtune.report.plot import pareto, pictures, scatter_panels
@@ -23,7 +24,6 @@ from advtune.results import Row, read, write_atomic
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs" / "which-method.md", ROOT / "docs" / "assets" / "which-method.svg"
 ROWS, COUNTS = ROOT / "docs" / "results" / "offline-few-shot.jsonl", ROOT / "benchmarks" / "results" / "scale.json"
-MARK = re.compile(r"(<!-- which -->\n).*?(<!-- end -->)", re.DOTALL)
 DATA, SHOTS = "cifar10", 16
 NEAR, FAR = 1 / 255, 4 / 255
 NO_LABELS = ("fare",)
@@ -67,12 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = PAGE.read_text()
-    new = MARK.sub(lambda found: f"{found[1]}\n{lines()}\n\n{found[2]}", old)
-    if args.check:
-        sys.exit(0 if new == old and PICTURE.is_file() else f"{PAGE} is not what the rows give: python {sys.argv[0]}")
-    write_atomic(PICTURE, pictures(scatter_panels(rows_at(NEAR)), ["svg"])["svg"])
-    write_atomic(PAGE, new)
+    if args.check and not PICTURE.is_file():
+        sys.exit(f"{PICTURE} is not there; run: python {sys.argv[0]}")
+    if not args.check:
+        write_atomic(PICTURE, pictures(scatter_panels(rows_at(NEAR)), ["svg"])["svg"])
+    renew(PAGE, {"which": lines}, args.check)
 
 
 if __name__ == "__main__":

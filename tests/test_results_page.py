@@ -37,7 +37,7 @@ def page(tmp_path, monkeypatch):
         (tmp_path / "rows.jsonl").unlink(missing_ok=True)
         for row in rows:
             append(tmp_path / "rows.jsonl", row)
-        lines = results_page.KINDS[kind](["rows.jsonl"]).splitlines()
+        lines = results_page.KINDS[kind]("rows.jsonl").splitlines()
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
 
     return make
@@ -90,27 +90,6 @@ def test_tables_by_shots_with_zero_shot_in_each(page):
     assert page("table", [zero])[0] == ["**dtd**, tuned on nothing, mini, n = 40"]
 
 
-def test_what_stood_pgd_and_fell_to_autoattack_is_counted_for_the_same_model(page):
-    def under(name, robust, method="fap", model="m"):
-        flags = {"clean": MUCH, "robust": robust}
-        return made(method, robust, name=name, model=model * 64, clean=accuracy(map(int, MUCH)), flags=flags)
-
-    rows = [under("pgd", MORE), under("autoattack", HALF), under("pgd", MUCH, "tecoa", "t")]
-    same = ["1", "40", "80.0", "60.0", "50.0 \\[35.2, 64.8\\]", "4 of 24"]
-    assert page("survivors", rows)[2:] == [["dtd, 1/255", "fap", *same], ["all", "", *same]]
-    other = [under("pgd", HALF, model="n"), under("autoattack", HALF, model="n")]
-    lines = page("survivors", [*rows, *other, under("autoattack", MORE, "tecoa", "t")])[2:]
-    assert [line[1:3] + line[6:] for line in lines] == [
-        ["tecoa", "1", "60.0 \\[44.6, 73.7\\]", "8 of 32"],
-        ["fap", "2", "50.0", "4 of 44"],
-        ["", "3", "53.3", "12 of 76"],
-    ]
-    cut = under("autoattack", HALF)
-    cut.data["sha256"] = "e" * 64
-    with pytest.raises(SystemExit, match="not on the same images"):
-        page("survivors", [rows[0], cut])
-
-
 def test_base_and_new_classes_stand_in_one_line(page):
     halves = [made("fap", flags, data="dtd") for flags in (MUCH, HALF)]
     rows = [
@@ -134,9 +113,7 @@ def test_rows_taken_replace_what_was_made_before_with_other_settings(tmp_path, m
     results_page.main()
     assert "| fap | 2 | 80.0 ± 0.0 | 80.0 ± 0.0 |" in (tmp_path / "page.md").read_text()
     monkeypatch.setattr(sys, "argv", ["results_page.py", "--check"])
-    with pytest.raises(SystemExit) as ended:
-        results_page.main()
-    assert not ended.value.code
+    results_page.main()
     (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text().replace("80.0", "81.0"))
     with pytest.raises(SystemExit, match="is not what the rows give"):
         results_page.main()

@@ -683,6 +683,9 @@ def test_methods_left_out_take_the_training_attack_along(monkeypatch):
     assert [run.key for run in apart] == [run.key for run in both]
     with pytest.raises(UserError, match="none of the methods tunes on adversarial"):
         plan(from_flags({"study": "s.toml", "methods": ["coop"], "train_attack": ["eps=1/255"]}))
+    facts["methods"] = ["coop", "maple"]  # never had a use for it
+    with pytest.raises(UserError, match="none of the methods tunes on adversarial"):
+        plan(from_flags({"study": "s.toml", "methods": ["coop"]}))
     with pytest.raises(UserError, match="unknown method 'tecoo'"):
         from_flags({"study": "s.toml", "methods": ["tecoo"]})
 

@@ -190,7 +190,7 @@ def from_flags(flags: Mapping[str, Any]) -> Study:
         facts["shots"] = [int(k) if k.isdecimal() else k for k in flags["shots"]]
     if flags.get("train_attack"):
         facts["train_attack"] = facts.get("train_attack", {}) | pairs(flags["train_attack"], "study: --train-attack")
-    elif left and not any(attacks_in_training(method) for method in facts["methods"]):
+    elif any(map(attacks_in_training, left)) and not any(map(attacks_in_training, facts["methods"])):
         facts.pop("train_attack", None)  # it was for those that are out
     for key in [*given, *(["epochs"] if flags.get("epochs") is not None else [])]:
         for table in (options, *methods.values()):
