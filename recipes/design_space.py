@@ -119,12 +119,17 @@ STAGES = {"baselines": baselines, "trainable": trainable, "guide": guide, "adver
           "transfer": transfer}  # fmt: skip
 
 
+def sets_of(stage: str) -> tuple[str, ...]:
+    """The sets that a stage's candidates are scored on."""
+    return (TRANSFER, *UNSEEN) if stage == "transfer" else DATA
+
+
 def run(stage: str, label: str, options: Options, data: str, seed: int) -> Run:
     own = {**SHORT, **CHOSEN.get(stage, {}), **options}
     method = own.pop("method", "guided")
     attack = {"eps": 1 / 255, **own.pop("attack", {})}
     if stage == "transfer":
-        slices = tuple(Slice(name, part="val", limit=200) for name in (TRANSFER, *UNSEEN))
+        slices = tuple(Slice(name, part="val", limit=200) for name in sets_of(stage))
         return Run(
             method, TRANSFER, slices, (ATTACK,), part="fit", limit=IMAGES, seed=seed, epochs=1, options=own,
             train_attack=attack, label=f"{stage} {label}",
@@ -146,8 +151,8 @@ def main() -> None:
     candidates = {n: o for n, o in STAGES[args.stage]().items() if not args.only or n in args.only}
     failed = 0
     if args.stage == "transfer" and args.data:
-        parser.error(f"stage transfer has its own sets: {TRANSFER}, {', '.join(UNSEEN)}")
-    tested = (TRANSFER, *UNSEEN) if args.stage == "transfer" else args.data or DATA
+        parser.error(f"stage transfer has its own sets: {', '.join(sets_of(args.stage))}")
+    tested = args.data or sets_of(args.stage)
     tuned = (TRANSFER,) if args.stage == "transfer" else tested
     for label, options in candidates.items():
         wanted = [run(args.stage, label, options, data, seed) for data in tuned for seed in range(args.seeds)]

@@ -2,80 +2,136 @@
 
 Command:  python recipes/guided_page.py --take runs/design-space   (--check: do page and rows agree?)
 --take adds the rows of that folder to docs/results/design-space.jsonl; of a run made again the new rows count.
-A mark is a line `<!-- search STAGE -->` or `<!-- claim FILE OURS RIVAL ... -->`, FILE one of docs/results/*.jsonl, and
-what it makes ends at `<!-- end -->`. All else is written by hand.
+A mark is a line `<!-- search STAGE -->`, `<!-- others -->` (runs that no candidate of a stage is, any more) or
+`<!-- claim NAME FILE ... -->`, and what it makes ends at `<!-- end -->`. All else is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import design_space
-from claims import claim
+import numpy as np
+from claims import CLAIMS, claimed, interval
+from marks import markdown, points, renew
 
-from advtune.protocols import slug
-from advtune.report.table import canonical, group_by
-from advtune.results import Row, mean_and_spread, read, write_atomic
+from advtune.results import Row, read, write_atomic
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "guided.md", ROOT / "docs" / "results"
-SEARCH = "design-space.jsonl"
-MARK = re.compile(r"(<!-- (search|claim) ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SEARCH, SEEDS = "design-space.jsonl", range(3)
+REFERENCE = ("guide", "none, consistency")  # what other candidates are held beside
+ELSEWHERE = ("baselines", "transfer")  # stages whose candidates are not
+Tried = dict[str, list[Row]]  # a candidate's rows, by set
 
 
 def search(stage: str) -> str:
-    """A line a candidate, in the order tried: clean and robust accuracy on each set, and the mean of all four."""
-    rows = group_by(read(ROWS / SEARCH), lambda row: Path(row.run).parts[-2])
-    sets = [design_space.TRANSFER, *design_space.UNSEEN] if stage == "transfer" else design_space.DATA
-    out = [["Candidate", "Seeds", *sets, "Mean"]]
+    """A line a candidate, in the order tried: clean / robust accuracy on each set, the mean of all of them, and that
+    less the reference's on the same images and seeds."""
+    rows, sets = searched(), design_space.sets_of(stage)
+    aside = stage not in ELSEWHERE
+    head = ["Candidate", "Seeds", *sets, "Mean", *([f"Less *{REFERENCE[1]}*, points"] if aside else [])]
+    out, reference = [head], tried(rows, *REFERENCE)
     for label in design_space.STAGES[stage]():
-        own = rows.get(slug(f"{stage} {label}"), [])
-        if len({canonical([row.options, row.recipe]) for row in own}) > 1:
-            raise SystemExit(f"{stage}, {label}: rows of other options have this name")
-        if of_sets := group_by(own, lambda row: row.data["name"]):
-            pairs = {name: both(of) for name, of in of_sets.items()}
-            cells = [f"{pairs[name][0]:.1f} / {pairs[name][1]:.1f}" if name in pairs else "-" for name in sets]
-            whole = pairs.keys() >= set(sets)
-            mean = f"{sum(map(sum, pairs.values())) / 2 / len(pairs):.1f}" if whole else "-"
-            out.append([label, " to ".join(sorted({str(len(of)) for of in of_sets.values()})), *cells, mean])
-    return "\n".join(f"| {' | '.join(line)} |" for line in [out[0], ["---", *["---:"] * (len(out[0]) - 1)], *out[1:]])
+        found = tried(rows, stage, label)
+        if found:
+            seeds = sorted({len(of) for of in found.values()})
+            whole = found.keys() == set(sets) and len(seeds) == 1
+            cells = [" / ".join(f"{each:.1f}" for each in both(found[name])) if name in found else "-" for name in sets]
+            mean = f"{np.mean([both(of) for of in found.values()]):.1f}" if whole else "-"
+            less = [against(found, reference) if whole else "-"] if aside else []
+            out.append([label, " to ".join(map(str, seeds)), *cells, mean, *less])
+    return markdown(out, words=1)
 
 
-def both(rows: list[Row]) -> tuple[float, float]:
+def searched() -> dict[str, Row]:
+    """The rows of the search by run folder. Raises SystemExit for one of other images than those to choose on."""
+    rows = read(ROWS / SEARCH)
+    for row in rows:
+        if row.data["part"] != "val" or (row.train or {})["part"] != "fit":
+            raise SystemExit(f"{row.run}: the search has no business with its {row.data['part']} images")
+    return {place(row, row.data["name"]): row for row in rows}
+
+
+def place(row: Row, tested: str) -> str:
+    """The run's key, whatever folder the study was in, and the set tested on."""
+    return "/".join([*Path(row.run).parts[-3:], tested])
+
+
+def tried(rows: Mapping[str, Row], stage: str, label: str) -> Tried:
+    options = design_space.STAGES[stage]()[label]
+    found: Tried = {}
+    for name in design_space.sets_of(stage):
+        runs = [design_space.run(stage, label, options, name, seed).key for seed in SEEDS]
+        found[name] = [rows[key] for run in runs if (key := f"{run}/{name}") in rows]
+    return {name: of for name, of in found.items() if of}
+
+
+def others() -> str:
+    """The runs that are no candidate of a stage: tried before stages were as they are."""
+    rows = searched()
+    known = {id(row) for stage, of in design_space.STAGES.items() for label in of() for found in
+             tried(rows, stage, label).values() for row in found}  # fmt: skip
+    out = [["Run", "Set", "Clean / robust", "Options"]]
+    for row in rows.values():
+        if id(row) not in known:
+            told = ("trainable", "guide", "sees", "lam", "consistency")
+            options = ", ".join(f"{key}={row.options[key]}" for key in told if key in row.options)
+            out.append([Path(row.run).parts[-2], row.data["name"], "{:.1f} / {:.1f}".format(*both([row])), options])
+    return markdown(out, words=4)
+
+
+def both(rows: Sequence[Row]) -> tuple[float, float]:
     """Clean and robust accuracy in percent, the mean over seeds."""
-    robust = [100 * row.robust["accuracy"] for row in rows if row.robust]
-    return mean_and_spread([100 * row.clean["accuracy"] for row in rows])[0], mean_and_spread(robust)[0]
+    clean = np.mean([row.clean["accuracy"] for row in rows])
+    return 100 * float(clean), 100 * float(np.mean([(row.robust or {})["accuracy"] for row in rows]))
 
 
-def claimed(file: str, ours: str, *rivals: str) -> str:
-    return claim(read(ROWS / file), ours, rivals)
+def against(found: Tried, reference: Tried) -> str:
+    """The mean of clean and robust accuracy less the reference's, with its bootstrap interval over images and seeds."""
+    gaps: list[list[np.ndarray]] = []
+    for name, rows in found.items():
+        beside = {(row.train or {})["seed"]: row for row in reference.get(name, [])}
+        pairs = [(row, beside[seed]) for row in rows if (seed := (row.train or {})["seed"]) in beside]
+        if not pairs:
+            return "-"
+        gaps.append([np.stack([flags(row) - flags(other) for row, other in pairs])])
+    low, high = interval(gaps)
+    numbers: dict[str, Any] = {
+        "difference": float(np.mean([each[0].mean() for each in gaps])),
+        "low": low,
+        "high": high,
+    }
+    return points(numbers)
+
+
+def flags(row: Row) -> np.ndarray:
+    return np.mean([[float(flag) for flag in row.flags[which]] for which in ("clean", "robust")], 0)
+
+
+def claim(name: str, *files: str) -> str:
+    return claimed(CLAIMS[name], read(*(ROWS / file for file in files)))
 
 
 def take(folder: Path) -> None:
     new = read(*sorted(folder.rglob("results.jsonl")))
-    made = {row.run for row in new}
-    kept = [row for row in read(ROWS / SEARCH) if row.run not in made]
+    made = {place(row, row.data["name"]) for row in new}
+    kept = [row for row in read(ROWS / SEARCH) if place(row, row.data["name"]) not in made]
     write_atomic(ROWS / SEARCH, "".join(f"{row.to_json()}\n" for row in [*kept, *new]))
-
-
-KINDS = {"search": search, "claim": claimed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--take", type=Path, metavar="DIR")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true")
+    what.add_argument("--take", type=Path, metavar="DIR")
     args = parser.parse_args()
     if args.take:
         take(args.take)
-    old = PAGE.read_text()
-    new = MARK.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](*found[3].split())}\n\n{found[4]}", old)
-    if args.check:
-        sys.exit(0 if new == old else f"{PAGE} is not what the rows give; run: python {sys.argv[0]}")
-    write_atomic(PAGE, new)
+    renew(PAGE, {"search": search, "others": others, "claim": claim}, args.check)
 
 
 if __name__ == "__main__":
