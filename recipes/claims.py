@@ -56,35 +56,33 @@ def claimed(claim: Claim, rows: Sequence[Row]) -> str:
 
     Raises SystemExit for a rival without a row, and for rows that may not be compared.
     """
-    ours, lines, told = models(claim, rows, OURS), [HEAD], []
+    ours, theirs = models(claim, rows, OURS), {rival: models(claim, rows, rival) for rival in claim.rivals}
+    promised, won, missing, lines = len(claim.cells()), 0, False, [HEAD]
     for attack in ATTACKS:
         for rival in claim.rivals:
-            pairs = paired(ours, models(claim, rows, rival), attack)
+            pairs = paired(ours, theirs[rival], attack)
             if not pairs:
                 raise SystemExit(f"{OURS} and {rival} have no model in common under {attack}")
-            whole = len(pairs) == len(claim.cells())
             clean, robust = differences(pairs, "clean"), differences(pairs, "robust")
-            word = verdict(robust, clean) if whole else f"{len(pairs)} of {len(claim.cells())} models"
-            told += [word] if attack == "autoattack" else []
+            word = verdict(robust, clean) if len(pairs) == promised else f"{len(pairs)} of {promised} models"
+            if attack == "autoattack":
+                won += word.startswith("won")
+                missing |= len(pairs) < promised
             lines.append([rival, str(len(pairs)), *facts(pairs), *shown(robust), *shown(clean), word])
-    won = sum(word.startswith("won") for word in told)
-    whole = all("models" not in word for word in told)
-    end = (
-        "the claim " + ("holds" if won == len(told) else "does not hold")
-        if whole
-        else "not all of the models are there"
-    )
-    return f"{markdown(lines, words=1)}\n\nUnder AutoAttack: won against {won} of {len(told)}; {end}."
+    holds = "the claim holds" if won == len(claim.rivals) else "the claim does not hold"
+    end = "not all of the models are there" if missing else holds
+    return f"{markdown(lines, words=1)}\n\nUnder AutoAttack: won against {won} of {len(claim.rivals)}; {end}."
 
 
 def models(claim: Claim, rows: Sequence[Row], method: str) -> dict[Cell, dict[str, Row]]:
     """Of each promised model its rows at 1/255, by attack. Raises SystemExit for rows that do not belong together."""
     found: dict[Cell, dict[str, Row]] = {}
+    promised = set(claim.cells())
     for row in rows:
         train, attack = row.train or {}, row.attack or {}
         cell = (row.data["name"], train.get("shots"), train.get("seed", -1))
         asked = row.method == method and attack.get("name") in ATTACKS and pixels(attack["eps"]) == EPS
-        if not asked or cell not in claim.cells() or train["name"] != (claim.trained or row.data["name"]):
+        if not asked or cell not in promised or train["name"] != (claim.trained or row.data["name"]):
             continue
         if found.setdefault(cell, {}).setdefault(attack["name"], row) is not row:
             raise SystemExit(f"{method}: two rows of {cell} under {attack['name']}")

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from marks import by, markdown, points, renew
-from survivors import survivors
+from survivors import ORDER, survivors
 
 from advtune.comparison import ALPHA, compare
-from advtune.methods import METHODS
 from advtune.report.figures import eps_panels
 from advtune.report.harmonic import harmonic_means, harmonic_table
 from advtune.report.plot import pictures
@@ -34,7 +33,6 @@ from advtune.results import Row, read, write_atomic
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS, PICTURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results", ROOT / "docs" / "assets"
 CURVE = re.compile(r"<!-- curve ([^>]+) -->")
-ORDER = list(METHODS)
 Line = dict[str, Any]
 
 # What a paper puts first: its table, the two methods, and what of the published rows and of ours is compared.

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from marks import by, markdown
 
 from advtune.methods import METHODS
+from advtune.protocols import ZERO_SHOT
 from advtune.report.table import pixels
 from advtune.results import Row, wilson
 
-ORDER, UNTUNED = list(METHODS), "zero-shot"
+ORDER = list(METHODS)
 
 
 def survivors(rows: Sequence[Row]) -> str:
@@ -29,7 +30,7 @@ def survivors(rows: Sequence[Row]) -> str:
             counted += [(method, shots, models)] if models else []
         if counted:
             where = f"**{data}{'' if half == 'all' else f', {half} classes'}**, {eps}, n = {counted[0][2][0][0]}"
-            tuned = [model for method, _, models in counted for model in models if method != UNTUNED]
+            tuned = [model for method, _, models in counted for model in models if method != ZERO_SHOT]
             lines = [[method, str(shots or "-"), *line(models)] for method, shots, models in counted]
             head = ["Method", "Shots", "Models", "Clean", "PGD-20", "AutoAttack", "Fell, of PGD's survivors"]
             texts.append(f"{where}\n\n{markdown([head, *lines, ['all tuned', '', *line(tuned)]], words=1)}")
