@@ -31,7 +31,8 @@ from operations import (
     through,
 )
 
-# Everything once at 1000 classes, fewer classes once and a finer grid once; the rest is slow.
+# Everything once at 1000 classes. Fewer classes change what texts cost, a finer grid what images cost: each once here,
+# in all kinds of towers among the slow.
 NEW = [("B/32", 1000, name) for name in BATCH]
 NEW += [("B/32", 200, "apt"), ("B/16", 1000, "pmg-aft")]
 ALL = [(patch, classes, name) for patch in ("B/32", "B/16") for classes in (1000, 200) for name in BATCH]
