@@ -106,6 +106,7 @@ class Visits:
     stop: threading.Event = field(default_factory=threading.Event)
     seconds: list[float] = field(default_factory=list)  # of each answered request
     failed: list[str] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)  # bytes of each upload
 
 
 def visit(address: str, visits: Visits, number: int) -> None:
@@ -124,7 +125,7 @@ def visit(address: str, visits: Visits, number: int) -> None:
                 with client.stream("GET", f"/gradio_api/heartbeat/{session}"):
                     for kind in ("click", "upload", "wrong"):
                         begin = time.monotonic()
-                        answer = ask(client, config, session, kind, 1000 * number + turn)
+                        answer = ask(client, config, session, kind, 1000 * number + turn, visits.sent)
                         expected = "at-note" if kind == "wrong" else "at-verdict"
                         if expected not in answer:
                             raise ValueError(f"{kind}: {answer[:200]}")
@@ -135,8 +136,8 @@ def visit(address: str, visits: Visits, number: int) -> None:
                 time.sleep(1)
 
 
-def ask(client: Any, config: dict[str, Any], session: str, kind: str, seed: int) -> str:
-    """One question to the page, through Gradio's queue; the HTML of the answer."""
+def ask(client: Any, config: dict[str, Any], session: str, kind: str, seed: int, sent: list[int]) -> str:
+    """One question to the page, through Gradio's queue; the HTML of the answer. `sent` gets an upload's bytes."""
     ids = {each["props"].get("elem_id"): each["id"] for each in config["components"]}
     values = {each["id"]: each["props"].get("value") for each in config["components"]}
     place, event = (ids["attack"], "click") if kind == "click" else (ids["upload"], "upload")
@@ -144,8 +145,9 @@ def ask(client: Any, config: dict[str, Any], session: str, kind: str, seed: int)
     data = [values[i] for i in call["inputs"]]
     if kind != "click":
         content = png(seed) if kind == "upload" else b"no picture " * seed
-        sent = client.post("/gradio_api/upload", files={"files": (f"{seed}.png", content, "image/png")})
-        data[0] = {"path": sent.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
+        sent.append(len(content))
+        stored = client.post("/gradio_api/upload", files={"files": (f"{seed}.png", content, "image/png")})
+        data[0] = {"path": stored.raise_for_status().json()[0], "meta": {"_type": "gradio.FileData"}}
     answer = run(client, call["id"], place, session, data)
     for after in (d for d in config["dependencies"] if d["trigger_after"] == call["id"] and d["backend_fn"]):
         answer = run(client, after["id"], place, session, [values[i] for i in after["inputs"]])
@@ -280,7 +282,8 @@ def judge(looks: dict[str, list[Look]], visits: Visits, ended: Sequence[str], wa
     spread = {q: round(times[int(q / 100 * (len(times) - 1))], 2) for q in (50, 95, 100)}
     return {
         "seen": seen, "broken": broken,
-        "requests": {"answered": len(visits.seconds), "failed": len(visits.failed), "seconds": spread},
+        "requests": {"answered": len(visits.seconds), "failed": len(visits.failed), "seconds": spread,
+                     "sent": sum(visits.sent)},
     }  # fmt: skip
 
 
