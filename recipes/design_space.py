@@ -2,11 +2,11 @@
 
 Command:  ADVTUNE_DATA=../shared/data python recipes/design_space.py --stage trainable --out runs/design-space
           then --stage baselines, guide, adversary, weights; each stage begins from what CHOSEN says of those before it;
-          --stage transfer stands alone.
+          --stage transfer, then further, stand alone.
 Hardware: two CPU cores, about an hour a stage; minutes on an accelerator. Resumable: call it again.
 Reads:    cifar10 and fashion-mnist, 16 images a class of the `fit` part of their training images; 200 of the `val` part
-          to score, clean and PGD-20 at 1/255. transfer tunes on tinyimagenet and scores there and on grocery, a set
-          that no claim is made on. Test images are not touched.
+          to score, clean and PGD-20 at 1/255. transfer and further tune on the first half of tinyimagenet's classes
+          and score 400 images of each half. Test images are not touched.
 Budget:   every candidate sees the images as often as CAPT and APD do here: 5 epochs; in transfer 4,000 images once.
           docs/scale.md counts a step.
 Obtained: docs/log.md, every candidate, those that failed too.
@@ -24,14 +24,16 @@ from typing import Any
 from advtune.attacks import PGD
 from advtune.grid import work
 from advtune.protocols import Run, Slice
-from advtune.results import mean_and_spread
+from advtune.results import Row, mean_and_spread
 
 DATA = ("cifar10", "fashion-mnist")
-TRANSFER, UNSEEN, IMAGES = "tinyimagenet", ("grocery",), 4000
+TRANSFER, HALVES, IMAGES = "tinyimagenet", ("base", "new"), 4000
 ATTACK = PGD(eps=1 / 255, steps=20)
 EPOCHS = 5
+AWAY = ("transfer", "further")  # stages tuned on one half of a set's classes, scored on both
 SHORT = {"batch_size": 8, "augment": False}
 PLAIN = {"guide": "none", "consistency": 0.0}  # adversarial cross-entropy alone
+FRAME = {"trainable": "low-rank", "guide": "frozen", "sees": "clean", "lam": 1.0, "consistency": 1.0}  # if not said
 Options = Mapping[str, Any]
 
 # What stages before decided, from the log; a stage's candidates are laid over it.
@@ -39,6 +41,7 @@ CHOSEN: dict[str, Options] = {
     "guide": {"trainable": "low-rank", "lr": 3e-3},
     "adversary": {"trainable": "low-rank", "lr": 3e-3, "guide": "none"},
     "weights": {"trainable": "low-rank", "lr": 3e-3, "guide": "none"},
+    "further": {"trainable": "low-rank", "lr": 3e-3, "sees": "adversarial", "batch_size": 32},
 }
 RATES = {
     "text-prompts": ("sgd", (0.02, 0.1)), "image-prompts": ("sgd", (0.02, 0.1)), "prompts": ("sgd", (0.02, 0.1)),
@@ -94,10 +97,10 @@ def baselines() -> dict[str, Options]:
 
 
 def transfer() -> dict[str, Options]:
-    """Towers tuned on one set, for others: what is to be beaten, and what is ours, at two rates with each optimiser."""
-    rates = {"sgd": (1e-3, 3e-3), "adamw": (3e-5, 1e-4)}
-    rivals = dict.fromkeys(("tecoa", "pmg-aft", "tga-zsr"), rates)
-    rivals |= {"agft": {**rates, "sgd": (3e-4, 1e-3)}, "fare": {"adamw": (3e-5, 1e-4, 3e-4)}}  # lower: docs/log.md
+    """Towers tuned on one set, for others: what is to be beaten, and what is ours, at two rates or three."""
+    usual = {"sgd": (3e-3,), "adamw": (1e-4, 3e-4)}
+    rivals = dict.fromkeys(("tecoa", "pmg-aft", "tga-zsr"), usual)
+    rivals |= {"agft": {"sgd": (1e-3,), "adamw": (3e-5, 1e-4)}, "fare": {"adamw": (3e-5, 1e-4, 3e-4)}}  # docs/log.md
     found: dict[str, Options] = {}
     for name, of_it in rivals.items():
         for optimizer, lr in ((optimizer, lr) for optimizer, each in of_it.items() for lr in each):
@@ -109,30 +112,57 @@ def transfer() -> dict[str, Options]:
         "clean guide": {},
         "guide sees x'": {"sees": "adversarial"},
     }
-    for what, lr in (("low-rank", 1e-3), ("low-rank", 3e-3), ("image-tower", 3e-5), ("image-tower", 1e-4)):
+    for what, lr in (("low-rank", 1e-3), ("low-rank", 3e-3), ("image-tower", 1e-4)):
         for name, guide in guides.items():
             found[f"{what} lr={lr:g}, {name}"] = {"trainable": what, "lr": lr, "batch_size": 32, **guide}
     return found
 
 
+def further() -> dict[str, Options]:
+    """What may be laid over the best of transfer: how much guidance, weights between, a larger eps in training."""
+    found: dict[str, Options] = {
+        "guide 3": {"lam": 3.0},
+        "guide 3, no consistency": {"lam": 3.0, "consistency": 0.0},
+        "guide 3, sees clean": {"lam": 3.0, "sees": "clean"},
+        "consistency 3": {"consistency": 3.0},
+        "ce both": {"ce": "both"},
+        "ema 0.98": {"average": 0.98},
+        "rank 32": {"rank": 32, "lr": 1e-3},
+        "tower": {"trainable": "image-tower", "lr": 1e-4, "lam": 3.0},
+    }
+    found |= {f"interpolate {share:g}": {"interpolate": share} for share in (0.6, 0.8)}
+    for eps in (1.5, 2):
+        found[f"eps {eps:g}"] = {"attack": {"eps": eps / 255}}
+    found["eps 2, interpolate 0.7"] = {"attack": {"eps": 2 / 255}, "interpolate": 0.7}
+    found["eps 2, guide 3"] = {"attack": {"eps": 2 / 255}, "lam": 3.0}
+    return found
+
+
 STAGES = {"baselines": baselines, "trainable": trainable, "guide": guide, "adversary": adversary, "weights": weights,
-          "transfer": transfer}  # fmt: skip
+          "transfer": transfer, "further": further}  # fmt: skip
 
 
 def sets_of(stage: str) -> tuple[str, ...]:
-    """The sets that a stage's candidates are scored on."""
-    return (TRANSFER, *UNSEEN) if stage == "transfer" else DATA
+    """What a stage's candidates are scored on: sets, in transfer the halves of one set's classes."""
+    return HALVES if stage in AWAY else DATA
+
+
+def scored(row: Row) -> str:
+    """Which of them a row is of."""
+    return row.data["name"] if row.data["subset"] == "all" else row.data["subset"]
 
 
 def run(stage: str, label: str, options: Options, data: str, seed: int) -> Run:
-    own = {**SHORT, **CHOSEN.get(stage, {}), **options}
-    method = own.pop("method", "guided")
+    method = options.get("method", "guided")
+    frame = FRAME if method == "guided" else {}
+    own = {**SHORT, **frame, **CHOSEN.get(stage, {}), **options}
+    own.pop("method", None)
     attack = {"eps": 1 / 255, **own.pop("attack", {})}
-    if stage == "transfer":
-        slices = tuple(Slice(name, part="val", limit=200) for name in sets_of(stage))
+    if stage in AWAY:
+        slices = tuple(Slice(TRANSFER, half, part="val", limit=400) for half in HALVES)
         return Run(
-            method, TRANSFER, slices, (ATTACK,), part="fit", limit=IMAGES, seed=seed, epochs=1, options=own,
-            train_attack=attack, label=f"{stage} {label}",
+            method, TRANSFER, slices, (ATTACK,), subset="base", part="fit", limit=IMAGES, seed=seed, epochs=1,
+            options=own, train_attack=attack, label=f"{stage} {label}",
         )  # fmt: skip
     return Run(
         method, data, (Slice(data, part="val", limit=200),), (ATTACK,), part="fit", shots=16, seed=seed,
@@ -144,22 +174,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), default="trainable")
     parser.add_argument("--only", nargs="+", help="only these candidates")
-    parser.add_argument("--data", nargs="+", choices=DATA, help="only these sets (not in stage transfer)")
+    parser.add_argument("--data", nargs="+", choices=DATA, help="only these sets (not in transfer and further)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/design-space"))
     args = parser.parse_args()
     candidates = {n: o for n, o in STAGES[args.stage]().items() if not args.only or n in args.only}
     failed = 0
-    if args.stage == "transfer" and args.data:
-        parser.error(f"stage transfer has its own sets: {', '.join(sets_of(args.stage))}")
+    if args.stage in AWAY and args.data:
+        parser.error(f"stage {args.stage} has its own sets: {', '.join(sets_of(args.stage))}")
     tested = args.data or sets_of(args.stage)
-    tuned = (TRANSFER,) if args.stage == "transfer" else tested
+    tuned = (TRANSFER,) if args.stage in AWAY else tested
     for label, options in candidates.items():
         wanted = [run(args.stage, label, options, data, seed) for data in tuned for seed in range(args.seeds)]
         outcome = work(wanted, args.out)
         failed += len(outcome.failed)
         for data in tested:
-            of = [row for row in outcome.rows if row.data["name"] == data and row.robust]
+            of = [row for row in outcome.rows if scored(row) == data and row.robust]
             if of:
                 clean, robust = (
                     mean_and_spread([100 * counts["accuracy"] for counts in side])[0]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "guided.md", ROOT / "docs" / "results"
 SEARCH, SEEDS = "design-space.jsonl", range(3)
 REFERENCE = ("guide", "none, consistency")  # what other candidates are held beside
-ELSEWHERE = ("baselines", "transfer")  # stages whose candidates are not
+ELSEWHERE = ("baselines", *design_space.AWAY)  # stages whose candidates are not
 Tried = dict[str, list[Row]]  # a candidate's rows, by set
 
 
@@ -53,11 +53,11 @@ def searched() -> dict[str, Row]:
     for row in rows:
         if row.data["part"] != "val" or (row.train or {})["part"] != "fit":
             raise SystemExit(f"{row.run}: the search has no business with its {row.data['part']} images")
-    return {place(row, row.data["name"]): row for row in rows}
+    return {place(row, design_space.scored(row)): row for row in rows}
 
 
 def place(row: Row, tested: str) -> str:
-    """The run's key, whatever folder the study was in, and the set tested on."""
+    """The run's key, whatever folder the study was in, and what it was tested on."""
     return "/".join([*Path(row.run).parts[-3:], tested])
 
 
@@ -80,7 +80,8 @@ def others() -> str:
         if id(row) not in known:
             told = ("trainable", "guide", "sees", "lam", "consistency")
             options = ", ".join(f"{key}={row.options[key]}" for key in told if key in row.options)
-            out.append([Path(row.run).parts[-2], row.data["name"], "{:.1f} / {:.1f}".format(*both([row])), options])
+            numbers = "{:.1f} / {:.1f}".format(*both([row]))
+            out.append([Path(row.run).parts[-2], design_space.scored(row), numbers, options])
     return markdown(out, words=4)
 
 
@@ -118,8 +119,8 @@ def claim(name: str, *files: str) -> str:
 
 def take(folder: Path) -> None:
     new = read(*sorted(folder.rglob("results.jsonl")))
-    made = {place(row, row.data["name"]) for row in new}
-    kept = [row for row in read(ROWS / SEARCH) if place(row, row.data["name"]) not in made]
+    made = {place(row, design_space.scored(row)) for row in new}
+    kept = [row for row in read(ROWS / SEARCH) if place(row, design_space.scored(row)) not in made]
     write_atomic(ROWS / SEARCH, "".join(f"{row.to_json()}\n" for row in [*kept, *new]))
 
 

@@ -29,7 +29,8 @@ def tried(label, flags, data="cifar10", seed=0, stage="guide", out="runs/x", **o
     known = {**design_space.STAGES[stage]()[label], **options}
     key = design_space.run(stage, label, known, data, seed).key
     row = made("guided", flags, seed, data=data, run=f"{out}/{key}", options={"guide": "none"})
-    row.data["part"], row.train["part"] = "val", "fit"
+    row.data.update(part="val", subset="all")
+    row.train["part"] = "fit"
     return row
 
 
@@ -55,6 +56,16 @@ def test_seeds_are_averaged_and_held_beside_the_same_seeds(search):
 
 def test_a_stage_of_its_own_sets_has_no_reference(search):
     assert search(tried("capt", HALF, stage="baselines"), stage="baselines") == [["capt", "1", "50.0 / 50.0", "-", "-"]]
+
+
+def test_halves_of_the_classes_stand_beside_each_other(search):
+    label = "low-rank lr=0.001, plain"
+    halves = [tried(label, flags, "tinyimagenet", stage="transfer") for flags in (HALF, MUCH)]
+    for row, half in zip(halves, ("base", "new"), strict=True):
+        row.data["subset"] = half
+    assert search(*halves, stage="transfer") == [[label, "1", "50.0 / 50.0", "80.0 / 80.0", "65.0"]]
+    halves[1].data["subset"] = "all"
+    assert search(*halves, stage="transfer") == [[label, "1", "50.0 / 50.0", "-", "-"]]
 
 
 def test_runs_of_other_options_are_no_candidates(search):
