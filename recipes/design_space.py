@@ -119,22 +119,30 @@ def transfer() -> dict[str, Options]:
 
 
 def further() -> dict[str, Options]:
-    """What may be laid over the best of transfer: how much guidance, weights between, a larger eps in training."""
+    """What may be laid over the best of transfer: how much guidance and of what, weights between, a larger eps."""
+    alone = {"consistency": 0.0, "sees": "clean"}
     found: dict[str, Options] = {
         "guide 3": {"lam": 3.0},
         "guide 3, no consistency": {"lam": 3.0, "consistency": 0.0},
         "guide 3, sees clean": {"lam": 3.0, "sees": "clean"},
-        "consistency 3": {"consistency": 3.0},
-        "ce both": {"ce": "both"},
-        "ema 0.98": {"average": 0.98},
-        "rank 32": {"rank": 32, "lr": 1e-3},
+        "guide 3, sees clean, no consistency": {**alone, "lam": 3.0},
+        "guide 10, no consistency": {"lam": 10.0, "consistency": 0.0},
+        "features 10, no consistency": {**alone, "match": "features", "lam": 10.0},
+        "features alone": {**alone, "match": "features", "ce": "none", "adversary": "guide"},
+        "logits alone": {**alone, "ce": "none", "adversary": "guide"},
         "tower": {"trainable": "image-tower", "lr": 1e-4, "lam": 3.0},
+        "ema 0.98": {"average": 0.98},
+        "interpolate 0.8": {"interpolate": 0.8},
+        "eps 1.5": {"attack": {"eps": 1.5 / 255}},
+        "eps 2, interpolate 0.7": {"attack": {"eps": 2 / 255}, "interpolate": 0.7},
+        "eps 2, guide 3": {"attack": {"eps": 2 / 255}, "lam": 3.0},
     }
-    found |= {f"interpolate {share:g}": {"interpolate": share} for share in (0.6, 0.8)}
-    for eps in (1.5, 2):
-        found[f"eps {eps:g}"] = {"attack": {"eps": eps / 255}}
-    found["eps 2, interpolate 0.7"] = {"attack": {"eps": 2 / 255}, "interpolate": 0.7}
-    found["eps 2, guide 3"] = {"attack": {"eps": 2 / 255}, "lam": 3.0}
+    features = found["features alone"]
+    found |= {f"features alone, eps {eps:g}": {**features, "attack": {"eps": eps / 255}} for eps in (1.5, 2)}
+    found["features alone, 4 steps"] = {**features, "attack": {"steps": 4}}
+    found["features alone, tower"] = {**features, "trainable": "image-tower", "lr": 3e-4}
+    found["features alone, rank 32"] = {**features, "rank": 32}
+    found["features 30, adversary guide"] = {**features, "ce": "adversarial", "lam": 30.0}
     return found
 
 

@@ -37,8 +37,8 @@ from advtune.vlm import VLM, Batch
 class Method(Protocol):
     """A frozen dataclass whose fields are the hyper-parameters, with its paper's recipe and training attack.
 
-    Clean training has an attack of eps 0. What only some have: `presets`, named sets of field values, chosen by
-    `-o preset=NAME`; `cycles`, how often the schedule is gone through (1; 2 with two phases);
+    Clean training has an attack of eps 0. What only some have: `presets`, named sets of values, the recipe's
+    too, chosen by `-o preset=NAME`; `cycles`, how often the schedule is gone through (1; 2 with two phases);
     `prepare(models, batch, attack) -> {name: Tensor [B, ...]}`, what never changes in a run: see `Batch.kept`.
 
     A batch may go through in portions, whose terms, means over a portion, are weighted by its share: see `Batch`. A
@@ -95,6 +95,7 @@ def configure(
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; {near(name, METHODS)}")
     what, method = f"method {name}", METHODS[name]()
+    recipe = method.recipe
     options = [options] if isinstance(options, str) or not isinstance(options, Iterable) else options
     if isinstance(options, Mapping):
         given: Any = dict(options)
@@ -107,8 +108,8 @@ def configure(
         presets: Mapping[str, Mapping[str, Any]] = getattr(method, "presets", {})
         if not isinstance(preset, str) or preset not in presets:
             raise UserError(f"{what} has no preset {preset!r}; {near(preset, presets)}")
-        method = fill(method, presets[preset], what)
-    method, recipe = fill_many([method, method.recipe], given, what)
+        method, recipe = fill_many([method, recipe], presets[preset], what)
+    method, recipe = fill_many([method, recipe], given, what)
     if attack and not method.attack.eps:
         raise UserError(f"{what} tunes on clean images; it takes no training attack (-a)")
     chosen = training_attack(name, method, attack)

@@ -29,7 +29,8 @@ class Guided:
     L = CE + lam * w * D(g(v), f(x')) + consistency * (1 - w) * D(f(x), f(x')),  v = x or x'; constant weight: no w
 
     D: KL of logits, squared distance of unit features, or 1 - correlation of logits over the classes; g is a constant
-    in it, f(x) is not. An online g learns by CE(g(x), y). The presets have the losses of TeCoA, PMG-AFT, CAPT and APD.
+    in it, f(x) is not. An online g learns by CE(g(x), y). Presets: the losses of TeCoA, PMG-AFT, CAPT, APD,
+    and what a search found (docs/guided.md).
     """
 
     trainable: str = option("low-rank", "what learns (image-tower: lr=2e-5; prompts: optimizer=sgd)", choices=TRAINABLE)
@@ -56,6 +57,7 @@ class Guided:
         "capt": {"trainable": "prompts", "coupling": "text-to-image", "ce": "clean", "lam": 6, "consistency": 6,
                  "weight": "confidence"},
         "apd": {"trainable": "prompts", "guide": "online", "ce": "none", "consistency": 0},
+        "few-shot": {"guide": "none", "consistency": 0, "lr": 3e-3, "batch_size": 8, "epochs": 5, "augment": False},
     }  # fmt: skip
     recipe: ClassVar[Recipe] = Recipe(optimizer="adamw", lr=1e-3, epochs=10, batch_size=32)
     attack: ClassVar[PGD] = PGD2
