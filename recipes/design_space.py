@@ -100,7 +100,10 @@ def transfer() -> dict[str, Options]:
     """Towers tuned on one set, for others: what is to be beaten, and what is ours, at two rates or three."""
     usual = {"sgd": (3e-3,), "adamw": (1e-4, 3e-4)}
     rivals = dict.fromkeys(("tecoa", "pmg-aft", "tga-zsr"), usual)
-    rivals |= {"agft": {"sgd": (1e-3,), "adamw": (3e-5, 1e-4)}, "fare": {"adamw": (3e-5, 1e-4, 3e-4)}}  # docs/log.md
+    rivals |= {
+        "agft": {"sgd": (3e-4, 1e-3), "adamw": (1e-5, 3e-5, 1e-4)},
+        "fare": {"adamw": (3e-5, 1e-4, 3e-4)},
+    }  # docs/log.md
     found: dict[str, Options] = {}
     for name, of_it in rivals.items():
         for optimizer, lr in ((optimizer, lr) for optimizer, each in of_it.items() for lr in each):

@@ -17,6 +17,7 @@ from typing import Any
 from marks import renew
 
 from advtune.methods import METHODS
+from advtune.options import as_options
 from advtune.report.plot import pareto, pictures, scatter_panels
 from advtune.report.table import table
 from advtune.results import Row, read, write_atomic
@@ -38,6 +39,11 @@ def rows_at(eps: float) -> list[Row]:
     return found
 
 
+def of_method(name: str) -> dict[str, Any]:
+    """A method's options as they are when nothing is said."""
+    return as_options(METHODS[name]()) if name in METHODS else {}
+
+
 def percent(line: dict[str, Any], kind: str) -> str:
     spread = line[f"{kind}_sd"]
     return f"{100 * line[f'{kind}_accuracy']:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
@@ -48,13 +54,14 @@ def lines() -> str:
     near, far = ({line["method"]: line for line in table(rows_at(eps))} for eps in (NEAR, FAR))
     counts = json.loads(COUNTS.read_text())["B/32"]
     points = [(line["clean_accuracy"], line["robust_accuracy"]) for line in near.values()]
+    usual = {row.method for row in rows_at(NEAR) if row.options == of_method(row.method)}  # what the counts are of
     front = {name for i, name in enumerate(near) if i in pareto(points)}
     out = [
         "| method | trains | labels | clean | 1/255 | 4/255 | GFLOP |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for name in sorted(near, key=lambda name: -near[name]["robust_accuracy"]):
-        cost = f"{counts[name]['image'] / 1e9:.0f}" if name in counts else "-"
+        cost = f"{counts[name]['image'] / 1e9:.0f}" if name in counts and name in usual else "-"
         labels = "-" if name == "zero-shot" else "no" if name in NO_LABELS else "yes"
         trains = "-" if name == "zero-shot" else METHODS[name].trains
         accuracies = [percent(near[name], "clean"), percent(near[name], "robust"), percent(far[name], "robust")]

@@ -115,6 +115,8 @@ def test_presets():
     assert paper == METHODS["pmg-aft"]()
     assert (released.scale, released.statistics, released.reduction) == ("cosine", "imagenet", "sum")
     assert configure("pmg-aft", ["scale=clip", "preset=released"])[0].scale == "clip"  # an option beats the preset
+    few, recipe, _ = configure("guided", {"preset": "few-shot", "epochs": 2})  # the recipe's values as well
+    assert (few.guide, recipe.lr, recipe.batch_size, recipe.epochs) == ("none", 3e-3, 8, 2)
     for name, preset in (("pmg-aft", "wrong"), ("capt", "paper"), ("tga-zsr", ["paper"])):
         with pytest.raises(UserError, match="preset"):
             configure(name, {"preset": preset})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -14,11 +15,21 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 TRAINABLE = ("text-prompts", "image-prompts", "prompts", "low-rank", "image-tower")
 GUIDES, IMAGES = ("none", "frozen", "online", "average"), ("none", "clean", "adversarial", "both")
-WEIGHTS = ("constant", "confidence")
 RAISED: dict[str, tuple[str, Distance | None] | None] = {  # by x': which part of an answer, how far from a target
     "ce": ("logits", None), "kl": ("logits", kl), "features": ("features", squared_l2), "guide": None
 }  # fmt: skip
 RAISES = tuple(RAISED)
+SEARCHED = {"consistency": 0, "lr": 3e-3, "augment": False}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tecoa": {"trainable": "image-tower", "guide": "none", "consistency": 0},
+    "pmg-aft": {"trainable": "image-tower", "sees": "adversarial"},
+    "capt": {"trainable": "prompts", "coupling": "text-to-image", "ce": "clean", "lam": 6, "consistency": 6,
+             "weight": "confidence"},
+    "apd": {"trainable": "prompts", "guide": "online", "ce": "none", "consistency": 0},
+    # What docs/guided.md chose on validation images, with its recipe.
+    "few-shot": {"guide": "none", **SEARCHED, "batch_size": 8, "epochs": 5},
+    "transfer": {"match": "features", "adversary": "guide", "lam": 30, **SEARCHED, "batch_size": 32, "epochs": 1},
+}  # fmt: skip
 SEEN = {"logits": "logits", "features": "features", "relations": "logits"}  # what of an answer is matched
 
 

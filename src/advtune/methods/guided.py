@@ -14,7 +14,7 @@ from advtune.attacks import PGD, PGD2, Attack
 from advtune.averaging import AVERAGE
 from advtune.data import Task
 from advtune.errors import UserError
-from advtune.guidance import GUIDES, IMAGES, RAISED, RAISES, SEEN, TRAINABLE, WEIGHTS, answers, distance, learner
+from advtune.guidance import GUIDES, IMAGES, PRESETS, RAISED, RAISES, SEEN, TRAINABLE, answers, distance, learner
 from advtune.losses import confidence, cross_entropy
 from advtune.options import check, option
 from advtune.prompts import COUPLINGS
@@ -30,7 +30,7 @@ class Guided:
 
     D: KL of logits, squared distance of unit features, or 1 - correlation of logits over the classes; g is a constant
     in it, f(x) is not. An online g learns by CE(g(x), y). Presets: the losses of TeCoA, PMG-AFT, CAPT, APD,
-    and what a search found (docs/guided.md).
+    and the choices of docs/guided.md.
     """
 
     trainable: str = option("low-rank", "what learns (image-tower: lr=2e-5; prompts: optimizer=sgd)", choices=TRAINABLE)
@@ -42,7 +42,9 @@ class Guided:
     temperature: float = option(1.0, "of the KL", low=1e-6)
     lam: float = option(1.0, "weight of the guidance (lambda)", low=0)
     consistency: float = option(1.0, "weight of the student's own consistency", low=0)
-    weight: str = option("constant", "w: 1, or CAPT's p_g(y|x) / (p_g(y|x) + p_f(y|x))", choices=WEIGHTS)
+    weight: str = option(
+        "constant", "w: 1, or CAPT's p_g(y|x) / (p_g(y|x) + p_f(y|x))", choices=("constant", "confidence")
+    )
     ce: str = option("adversarial", "images of the cross-entropy; both: the mean of the two", choices=IMAGES)
     adversary: str = option("ce", "x' raises CE, KL(f(x) || f(x')), |e(x) - e(x')|^2, D(g(x), f(x'))", choices=RAISES)
     prompt_length: int = option(2, "prompt tokens in a tower, the online guide's too", low=1)
@@ -51,14 +53,7 @@ class Guided:
 
     paper: ClassVar[str] = ""
     trains: ClassVar[str] = "low-rank updates of the image tower, or what trainable=... names"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "tecoa": {"trainable": "image-tower", "guide": "none", "consistency": 0},
-        "pmg-aft": {"trainable": "image-tower", "sees": "adversarial"},
-        "capt": {"trainable": "prompts", "coupling": "text-to-image", "ce": "clean", "lam": 6, "consistency": 6,
-                 "weight": "confidence"},
-        "apd": {"trainable": "prompts", "guide": "online", "ce": "none", "consistency": 0},
-        "few-shot": {"guide": "none", "consistency": 0, "lr": 3e-3, "batch_size": 8, "epochs": 5, "augment": False},
-    }  # fmt: skip
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     recipe: ClassVar[Recipe] = Recipe(optimizer="adamw", lr=1e-3, epochs=10, batch_size=32)
     attack: ClassVar[PGD] = PGD2
 
