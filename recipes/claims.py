@@ -32,13 +32,15 @@ Cell = tuple[str, int | None, int]  # set tested on, shots, seed of the training
 
 @dataclass(frozen=True)
 class Claim:
-    """What is promised: the rivals, and each model that is compared. `trained`: one set, else each set itself."""
+    """What is promised: the rivals, and each model that is compared. `trained`: one set, else each set itself.
+    `beside`: methods that are compared likewise, and of which nothing is promised."""
 
     rivals: tuple[str, ...]
     sets: tuple[str, ...]
     shots: tuple[int | None, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     trained: str = ""
+    beside: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
         return [(name, shots, seed) for name in self.sets for shots in self.shots for seed in self.seeds]
@@ -46,7 +48,7 @@ class Claim:
 
 SETS = ("caltech101", "cifar10", "fashion-mnist")
 CLAIMS = {
-    "few-shot": Claim(("capt", "apd", "fap", "advmaple"), SETS, (4, 16)),
+    "few-shot": Claim(("capt", "apd", "fap", "advmaple"), SETS, (4, 16), beside=("tecoa",)),
     "transfer": Claim(("tecoa", "fare", "pmg-aft", "agft", "tga-zsr"), SETS, (None,), trained="tinyimagenet"),
 }
 
@@ -56,19 +58,22 @@ def claimed(claim: Claim, rows: Sequence[Row]) -> str:
 
     Raises SystemExit for a rival without a row, and for rows that may not be compared.
     """
-    ours, theirs = models(claim, rows, OURS), {rival: models(claim, rows, rival) for rival in claim.rivals}
+    ours, against = models(claim, rows, OURS), (*claim.rivals, *claim.beside)
+    theirs = {rival: models(claim, rows, rival) for rival in against}
     promised, won, missing, lines = len(claim.cells()), 0, False, [HEAD]
     for attack in ATTACKS:
-        for rival in claim.rivals:
+        for rival in against:
             pairs = paired(ours, theirs[rival], attack)
             if not pairs:
                 raise SystemExit(f"{OURS} and {rival} have no model in common under {attack}")
             clean, robust = differences(pairs, "clean"), differences(pairs, "robust")
             word = verdict(robust, clean) if len(pairs) == promised else f"{len(pairs)} of {promised} models"
-            if attack == "autoattack":
+            counts = rival in claim.rivals
+            if attack == "autoattack" and counts:
                 won += word.startswith("won")
                 missing |= len(pairs) < promised
-            lines.append([rival, str(len(pairs)), *facts(pairs), *shown(robust), *shown(clean), word])
+            name = rival if counts else f"beside: {rival}"
+            lines.append([name, str(len(pairs)), *facts(pairs), *shown(robust), *shown(clean), word])
     holds = "the claim holds" if won == len(claim.rivals) else "the claim does not hold"
     end = "not all of the models are there" if missing else holds
     return f"{markdown(lines, words=1)}\n\nUnder AutoAttack: won against {won} of {len(claim.rivals)}; {end}."

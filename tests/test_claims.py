@@ -99,6 +99,15 @@ def test_what_is_missing_is_said_and_nothing_is_claimed():
         lines(side("guided"), theirs)
 
 
+def test_what_stands_beside_is_shown_and_does_not_count():
+    ours, theirs = side("guided", text(0.9), auto=text(0.9, 50)), side("fap", text(0.1))
+    claim = claims.Claim(("fap",), CLAIM.sets, CLAIM.shots, CLAIM.seeds, beside=("tecoa",))
+    found, sentence = lines(ours, theirs, side("tecoa", text(1.0))[1:], claim=claim)
+    assert [each[0] for each in found] == ["fap", "beside: tecoa"] * 2
+    assert [each[-1] for each in found] == ["won: robust", "7 of 8 models"] * 2
+    assert sentence == "Under AutoAttack: won against 1 of 1; the claim holds."
+
+
 def test_only_what_was_promised_counts():
     ours, theirs = side("guided", auto=text(0.5, 50)), side("fap")
     other = [
