@@ -2,7 +2,7 @@
 
 Command:  ADVTUNE_DATA=../shared/data python recipes/design_space.py --stage trainable --out runs/design-space
           then --stage baselines, guide, adversary, weights; each stage begins from what CHOSEN says of those before it;
-          --stage transfer, then further, stand alone.
+          --stage transfer, and further laid over it, stand apart from these.
 Hardware: two CPU cores, about an hour a stage; minutes on an accelerator. Resumable: call it again.
 Reads:    cifar10 and fashion-mnist, 16 images a class of the `fit` part of their training images; 200 of the `val` part
           to score, clean and PGD-20 at 1/255. transfer and further tune on the first half of tinyimagenet's classes
@@ -23,7 +23,7 @@ from typing import Any
 
 from advtune.attacks import PGD
 from advtune.grid import work
-from advtune.protocols import Run, Slice
+from advtune.protocols import ZERO_SHOT, Run, Slice
 from advtune.results import Row, mean_and_spread
 
 DATA = ("cifar10", "fashion-mnist")
@@ -97,14 +97,14 @@ def baselines() -> dict[str, Options]:
 
 
 def transfer() -> dict[str, Options]:
-    """Towers tuned on one set, for others: what is to be beaten, and what is ours, at two rates or three."""
-    usual = {"sgd": (3e-3,), "adamw": (1e-4, 3e-4)}
+    """Towers tuned on one set, for others: the untuned one, what is to be beaten, and what is ours."""
+    usual = {"sgd": (3e-3,), "adamw": (1e-5, 3e-5, 1e-4, 3e-4)}
     rivals = dict.fromkeys(("tecoa", "pmg-aft", "tga-zsr"), usual)
     rivals |= {
         "agft": {"sgd": (3e-4, 1e-3), "adamw": (1e-5, 3e-5, 1e-4)},
         "fare": {"adamw": (3e-5, 1e-4, 3e-4)},
     }  # docs/log.md
-    found: dict[str, Options] = {}
+    found: dict[str, Options] = {ZERO_SHOT: {"method": ZERO_SHOT}}
     for name, of_it in rivals.items():
         for optimizer, lr in ((optimizer, lr) for optimizer, each in of_it.items() for lr in each):
             own = {"method": name, "optimizer": optimizer, "lr": lr, "batch_size": 32}
@@ -122,7 +122,7 @@ def transfer() -> dict[str, Options]:
 
 
 def further() -> dict[str, Options]:
-    """What may be laid over the best of transfer: how much guidance and of what, weights between, a larger eps."""
+    """Laid over one of transfer's best: how much guidance and of what, weights between, a larger eps."""
     alone = {"consistency": 0.0, "sees": "clean"}
     found: dict[str, Options] = {
         "guide 3": {"lam": 3.0},

@@ -18,13 +18,13 @@ import numpy as np
 from claims import CLAIMS, claimed, interval
 from marks import markdown, points, renew
 
+from advtune.protocols import ZERO_SHOT
 from advtune.results import Row, read, write_atomic
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "guided.md", ROOT / "docs" / "results"
 SEARCH, SEEDS = "design-space.jsonl", range(3)
-REFERENCE = ("guide", "none, consistency")  # what other candidates are held beside
-ELSEWHERE = ("baselines", *design_space.AWAY)  # stages whose candidates are not
+ASIDE = ("guide", "none, consistency"), ("transfer", "zero-shot")  # what candidates are held beside, here and away
 Tried = dict[str, list[Row]]  # a candidate's rows, by set
 
 
@@ -32,10 +32,11 @@ def search(stage: str) -> str:
     """A line a candidate, in the order tried: clean / robust accuracy on each set, the mean that decides, and that less
     the reference's on the same images and seeds. What decides: every set; in transfer the classes not tuned on."""
     rows, sets = searched(), design_space.sets_of(stage)
-    aside, deciding = stage not in ELSEWHERE, ("new",) if stage in design_space.AWAY else sets
-    mean_of = f"Mean of *{deciding[0]}*" if deciding != sets else "Mean"
-    head = ["Candidate", "Seeds", *sets, mean_of, *([f"Less *{REFERENCE[1]}*, points"] if aside else [])]
-    out, reference = [head], tried(rows, *REFERENCE)
+    away, aside = stage in design_space.AWAY, stage != "baselines"
+    deciding, beside = ("new",) if away else sets, ASIDE[away]
+    mean_of = f"Mean of *{deciding[0]}*" if away else "Mean"
+    head = ["Candidate", "Seeds", *sets, mean_of, *([f"Less *{beside[1]}*, points"] if aside else [])]
+    out, reference = [head], tried(rows, *beside)
     for label in design_space.STAGES[stage]():
         found = tried(rows, stage, label)
         if found:
@@ -43,7 +44,8 @@ def search(stage: str) -> str:
             whole = found.keys() == set(sets) and len(seeds) == 1
             cells = [" / ".join(f"{each:.1f}" for each in both(found[name])) if name in found else "-" for name in sets]
             mean = f"{np.mean([both(found[name]) for name in deciding]):.1f}" if whole else "-"
-            less = [against(found, reference) if whole else "-"] if aside else []
+            decides = {name: found[name] for name in deciding if name in found}
+            less = [against(decides, reference) if whole else "-"] if aside else []
             out.append([label, " to ".join(map(str, seeds)), *cells, mean, *less])
     return markdown(out, words=1)
 
@@ -52,14 +54,14 @@ def searched() -> dict[str, Row]:
     """The rows of the search by run folder. Raises SystemExit for one of other images than those to choose on."""
     rows = read(ROWS / SEARCH)
     for row in rows:
-        if row.data["part"] != "val" or (row.train or {})["part"] != "fit":
+        if row.data["part"] != "val" or (row.train or {"part": "fit"})["part"] != "fit":
             raise SystemExit(f"{row.run}: the search has no business with its {row.data['part']} images")
     return {place(row, design_space.scored(row)): row for row in rows}
 
 
 def place(row: Row, tested: str) -> str:
-    """The run's key, whatever folder the study was in, and what it was tested on."""
-    return "/".join([*Path(row.run).parts[-3:], tested])
+    """The run's key, whatever folder the study was in, or the word for no tuning, and what it was tested on."""
+    return "/".join([*(Path(row.run).parts[-3:] if row.train else [ZERO_SHOT]), tested])
 
 
 def tried(rows: Mapping[str, Row], stage: str, label: str) -> Tried:
@@ -67,6 +69,7 @@ def tried(rows: Mapping[str, Row], stage: str, label: str) -> Tried:
     found: Tried = {}
     for name in design_space.sets_of(stage):
         runs = [design_space.run(stage, label, options, name, seed).key for seed in SEEDS]
+        runs = [ZERO_SHOT] if label == ZERO_SHOT else runs
         found[name] = [rows[key] for run in runs if (key := f"{run}/{name}") in rows]
     return {name: of for name, of in found.items() if of}
 
@@ -96,8 +99,9 @@ def against(found: Tried, reference: Tried) -> str:
     """The mean of clean and robust accuracy less the reference's, with its bootstrap interval over images and seeds."""
     gaps: list[list[np.ndarray]] = []
     for name, rows in found.items():
-        beside = {(row.train or {})["seed"]: row for row in reference.get(name, [])}
-        pairs = [(row, beside[seed]) for row in rows if (seed := (row.train or {})["seed"]) in beside]
+        beside = {seed(row): row for row in reference.get(name, [])}
+        pairs = [(row, beside.get(seed(row), beside.get(None))) for row in rows]
+        pairs = [(row, other) for row, other in pairs if other]
         if not pairs:
             return "-"
         gaps.append([np.stack([flags(row) - flags(other) for row, other in pairs])])
@@ -108,6 +112,11 @@ def against(found: Tried, reference: Tried) -> str:
         "high": high,
     }
     return points(numbers)
+
+
+def seed(row: Row) -> int | None:
+    """The training's; none where nothing was tuned."""
+    return row.train["seed"] if row.train else None
 
 
 def flags(row: Row) -> np.ndarray:

@@ -99,6 +99,26 @@ def test_what_is_missing_is_said_and_nothing_is_claimed():
         lines(side("guided"), theirs)
 
 
+def test_a_weaker_attack_on_theirs_does_not_lose_it_for_ours():
+    ours, theirs = side("guided", auto=text(0.2, 50)), side("fap")
+    assert [each[-1] for each in lines(ours, theirs)[0]] == ["not told", "not told"]
+    assert lines(ours, side("fap", auto=text(0.5, 50)))[0][0][-1] == "lost: robust"
+
+
+def test_an_untuned_model_stands_beside_every_seed():
+    claim = claims.Claim(("fap",), CLAIM.sets, (None,), CLAIM.seeds, trained="sun397", beside=("zero-shot",))
+
+    def away(rows):
+        return [Row(**{**vars(each), "train": {**each.train, "name": "sun397"}}) for each in rows]
+
+    ours, theirs = away(side("guided", claim=claim, auto=text(0.9, 50))), away(side("fap", claim=claim))
+    untuned = [row("zero-shot", (name, None, 0), text(0.1)) for name in claim.sets]
+    untuned = [Row(**{**vars(each), "train": None}) for each in untuned]
+    found, _ = lines(ours, theirs, untuned, claim=claim)
+    assert found[1][:6] == ["beside: zero-shot", "4", "AutoAttack / PGD", "50", "90.0 / 20.0", found[1][5]]
+    assert found[1][-1] == "won: robust"
+
+
 def test_what_stands_beside_is_shown_and_does_not_count():
     ours, theirs = side("guided", text(0.9), auto=text(0.9, 50)), side("fap", text(0.1))
     claim = claims.Claim(("fap",), CLAIM.sets, CLAIM.shots, CLAIM.seeds, beside=("tecoa",))
@@ -186,4 +206,8 @@ def test_signs_flipped_give_the_p_of_a_normal_mean():
 def test_the_promises_are_the_issues():
     few, transfer = claims.CLAIMS["few-shot"], claims.CLAIMS["transfer"]
     assert set(few.cells()) == set(product(("caltech101", "cifar10", "fashion-mnist"), (4, 16), (0, 1, 2)))
-    assert len(transfer.cells()) == 9 and transfer.trained == "tinyimagenet"
+    assert set(transfer.cells()) == set(product(("caltech101", "cifar10", "fashion-mnist"), (None,), (0, 1, 2)))
+    assert transfer.trained == "tinyimagenet" and not few.trained
+    assert few.rivals == ("capt", "apd", "fap", "advmaple")
+    assert transfer.rivals == ("tecoa", "fare", "pmg-aft", "agft", "tga-zsr")
+    assert claims.MARGIN == 0.02

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import design_space
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from advtune.losses import relations
 from advtune.low_rank import attach, merge
 from advtune.methods import configure
 from advtune.protocols import Run
+from advtune.study import from_facts, plan, read
 from advtune.train import tune
 from backbones import write_openai
 from conftest import killed_at
@@ -125,6 +128,18 @@ def test_presets_are_the_methods(other, options, vlm, task):
     assert one.keys() == same.keys()
     close = [torch.allclose(value, same[name], rtol=1e-4, atol=1e-6) for name, value in one.items()]
     assert not all(close) if options else all(close), close
+
+
+@pytest.mark.parametrize(
+    ("preset", "stage", "candidate", "data"),
+    [("few-shot", "guide", "none", "cifar10"), ("transfer", "further", "features 30, adversary guide", "tinyimagenet")],
+)
+def test_what_was_searched_is_what_is_claimed_and_shipped(preset, stage, candidate, data):
+    searched = design_space.run(stage, candidate, design_space.STAGES[stage]()[candidate], data, 0).configured()
+    study = from_facts(read(Path(__file__).parents[1] / "recipes" / f"claims-{preset}.toml"), preset)
+    claimed = next(run for run in plan(study) if run.method == "guided").configured()
+    shipped = configure("guided", {"preset": preset}, {"eps": 1 / 255})
+    assert searched == claimed == shipped
 
 
 def test_what_learns(vlm, task):

@@ -58,14 +58,25 @@ def test_a_stage_of_its_own_sets_has_no_reference(search):
     assert search(tried("capt", HALF, stage="baselines"), stage="baselines") == [["capt", "1", "50.0 / 50.0", "-", "-"]]
 
 
-def test_halves_of_the_classes_stand_beside_each_other(search):
+def test_halves_of_the_classes_stand_beside_each_other_and_the_untuned_model(search):
     label = "low-rank lr=0.001, plain"
-    halves = [tried(label, flags, "tinyimagenet", stage="transfer") for flags in (HALF, MUCH)]
-    for row, half in zip(halves, ("base", "new"), strict=True):
-        row.data["subset"] = half
-    assert search(*halves, stage="transfer") == [[label, "1", "50.0 / 50.0", "80.0 / 80.0", "80.0"]]
-    halves[1].data["subset"] = "all"
-    assert search(*halves, stage="transfer") == [[label, "1", "50.0 / 50.0", "-", "-"]]
+
+    def halves(label, seed, *both):
+        rows = [tried(label, flags, "tinyimagenet", seed, stage="transfer") for flags in both]
+        for row, half in zip(rows, ("base", "new"), strict=True):
+            row.data["subset"] = half
+        return rows
+
+    tuned = halves(label, 0, HALF, MUCH)
+    assert search(*tuned, stage="transfer") == [[label, "1", "50.0 / 50.0", "80.0 / 80.0", "80.0", "-"]]
+    untuned = [Row(**{**vars(row), "train": None, "run": ""}) for row in halves("zero-shot", 0, MUCH, HALF)]
+    first, last = search(*untuned, *tuned, *halves(label, 1, HALF, HALF), stage="transfer")
+    assert first == ["zero-shot", "1", "80.0 / 80.0", "50.0 / 50.0", "50.0", "+0.0 \\[0.0, 0.0\\]"]
+    assert last[1:5] == ["2", "50.0 / 50.0", "65.0 / 65.0", "65.0"]
+    assert last[5].startswith("+15.0 "), "what decides is the classes not tuned on, for every seed"
+    assert search(*untuned, stage="") == []
+    tuned[1].data["subset"] = "all"
+    assert search(*tuned, stage="transfer") == [[label, "1", "50.0 / 50.0", "-", "-", "-"]]
 
 
 def test_runs_of_other_options_are_no_candidates(search):

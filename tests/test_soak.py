@@ -53,7 +53,7 @@ def test_what_was_in_the_warm_up_does_not_count():
 
 
 @pytest.mark.slow
-def test_a_minute_of_everything(tmp_path):
+def test_three_minutes_of_everything(tmp_path):
     out = tmp_path / "soak.json"
     command = [sys.executable, "benchmarks/soak.py", "--minutes", "3", "--warm-up", "0.5", "--clients", "2"]
     done = subprocess.run([*command, "--out", out], cwd=ROOT, capture_output=True, text=True)
@@ -61,7 +61,7 @@ def test_a_minute_of_everything(tmp_path):
     assert found["requests"]["failed"] == 0, found["broken"]
     assert found["requests"]["answered"] >= 3
     assert found["cycles"] >= 1
-    # A page keeps uploads for ten minutes: these all lie there still, and each of them once.
-    assert 0 < found["seen"]["page temporary"]["most"] < found["requests"]["sent"] + 1e5
+    # A page keeps uploads for ten minutes: all but the last ones were there when it was looked at, each of them once.
+    assert 0.5 < found["seen"]["page temporary"]["most"] / found["requests"]["sent"] < 1.05
     short = ("memory", "open files", "temporary files")  # none is settled yet
     assert [each for each in found["broken"] if not any(word in each for word in short)] == [], done.stdout

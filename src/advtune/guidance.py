@@ -19,7 +19,8 @@ RAISED: dict[str, tuple[str, Distance | None] | None] = {  # by x': which part o
     "ce": ("logits", None), "kl": ("logits", kl), "features": ("features", squared_l2), "guide": None
 }  # fmt: skip
 RAISES = tuple(RAISED)
-SEARCHED = {"consistency": 0, "lr": 3e-3, "augment": False}
+CHOSEN = {"trainable": "low-rank", "rank": 8, "ce": "adversarial", "consistency": 0,
+          "optimizer": "adamw", "lr": 3e-3, "augment": False}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "tecoa": {"trainable": "image-tower", "guide": "none", "consistency": 0},
     "pmg-aft": {"trainable": "image-tower", "sees": "adversarial"},
@@ -27,8 +28,9 @@ PRESETS: dict[str, dict[str, Any]] = {
              "weight": "confidence"},
     "apd": {"trainable": "prompts", "guide": "online", "ce": "none", "consistency": 0},
     # What docs/guided.md chose on validation images, with its recipe.
-    "few-shot": {"guide": "none", **SEARCHED, "batch_size": 8, "epochs": 5},
-    "transfer": {"match": "features", "adversary": "guide", "lam": 30, **SEARCHED, "batch_size": 32, "epochs": 1},
+    "few-shot": {**CHOSEN, "guide": "none", "adversary": "ce", "batch_size": 8, "epochs": 5},
+    "transfer": {**CHOSEN, "guide": "frozen", "sees": "clean", "match": "features", "lam": 30, "adversary": "guide",
+                 "batch_size": 32, "epochs": 1},
 }  # fmt: skip
 SEEN = {"logits": "logits", "features": "features", "relations": "logits"}  # what of an answer is matched
 
