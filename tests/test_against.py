@@ -26,7 +26,7 @@ from advtune.results import Row, accuracy, append, wilson
 from advtune.study import from_facts, plan, read
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
-FULL = [path for path in RECIPES if not path.stem.startswith("offline")]
+FULL = [path for path in RECIPES if not path.name.startswith(("offline-", "claims-"))]
 FACTS = {
     "backbone", "resolution", "tower", "train", "shots", "data", "subset", "seeds", "split", "attack", "train_attack",
     "template",
