@@ -101,7 +101,7 @@ def transfer() -> dict[str, Options]:
     usual = {"sgd": (3e-3,), "adamw": (1e-5, 3e-5, 1e-4, 3e-4)}
     rivals = dict.fromkeys(("tecoa", "pmg-aft", "tga-zsr"), usual)
     rivals |= {
-        "agft": {"sgd": (3e-4, 1e-3), "adamw": (1e-5, 3e-5, 1e-4)},
+        "agft": {"sgd": (3e-4, 1e-3), "adamw": (3e-6, 1e-5, 3e-5, 1e-4)},
         "fare": {"adamw": (3e-5, 1e-4, 3e-4)},
     }  # docs/log.md
     found: dict[str, Options] = {ZERO_SHOT: {"method": ZERO_SHOT}}
