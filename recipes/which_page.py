@@ -63,7 +63,7 @@ def lines() -> str:
     for name in sorted(near, key=lambda name: -near[name]["robust_accuracy"]):
         cost = f"{counts[name]['image'] / 1e9:.0f}" if name in counts and name in usual else "-"
         labels = "-" if name == "zero-shot" else "no" if name in NO_LABELS else "yes"
-        trains = "-" if name == "zero-shot" else METHODS[name].trains
+        trains = "-" if name == "zero-shot" else METHODS[name].trains.partition(", or what ")[0]
         accuracies = [percent(near[name], "clean"), percent(near[name], "robust"), percent(far[name], "robust")]
         shown = f"**`{name}`**" if name in front else f"`{name}`"
         out.append(f"| {' | '.join([shown, trains, labels, *accuracies, cost])} |")
