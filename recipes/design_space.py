@@ -33,7 +33,13 @@ EPOCHS = 5
 AWAY = ("transfer", "further")  # stages tuned on one half of a set's classes, scored on both
 SHORT = {"batch_size": 8, "augment": False}
 PLAIN = {"guide": "none", "consistency": 0.0}  # adversarial cross-entropy alone
-FRAME = {"trainable": "low-rank", "guide": "frozen", "sees": "clean", "lam": 1.0, "consistency": 1.0}  # if not said
+FRAME = {
+    "trainable": "low-rank",
+    "guide": "frozen",
+    "sees": "clean",
+    "lam": 1.0,
+    "consistency": 1.0,
+}  # named: defaults may move
 Options = Mapping[str, Any]
 
 # What stages before decided, from the log; a stage's candidates are laid over it.
@@ -103,7 +109,7 @@ def transfer() -> dict[str, Options]:
     rivals |= {
         "agft": {"sgd": (3e-4, 1e-3), "adamw": (3e-6, 1e-5, 3e-5, 1e-4)},
         "fare": {"adamw": (3e-5, 1e-4, 3e-4)},
-    }  # docs/log.md
+    }  # AGFT falls apart at the others' rates: docs/log.md
     found: dict[str, Options] = {ZERO_SHOT: {"method": ZERO_SHOT}}
     for name, of_it in rivals.items():
         for optimizer, lr in ((optimizer, lr) for optimizer, each in of_it.items() for lr in each):
@@ -164,10 +170,10 @@ def scored(row: Row) -> str:
 
 
 def run(stage: str, label: str, options: Options, data: str, seed: int) -> Run:
-    method = options.get("method", "guided")
-    frame = FRAME if method == "guided" else {}
-    own = {**SHORT, **frame, **CHOSEN.get(stage, {}), **options}
-    own.pop("method", None)
+    own = {**SHORT, **CHOSEN.get(stage, {}), **options}
+    method = own.pop("method", "guided")
+    if method == "guided":
+        own = {**FRAME, **own}
     attack = {"eps": 1 / 255, **own.pop("attack", {})}
     if stage in AWAY:
         slices = tuple(Slice(TRANSFER, half, part="val", limit=400) for half in HALVES)

@@ -24,7 +24,7 @@ from advtune.results import Row, read, write_atomic
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "guided.md", ROOT / "docs" / "results"
 SEARCH, SEEDS = "design-space.jsonl", range(3)
-ASIDE = ("guide", "none, consistency"), ("transfer", "zero-shot")  # what candidates are held beside, here and away
+ASIDE = ("guide", "none, consistency"), ("transfer", ZERO_SHOT)  # what candidates are held beside, here and away
 Tried = dict[str, list[Row]]  # a candidate's rows, by set
 
 
@@ -43,8 +43,8 @@ def search(stage: str) -> str:
             seeds = sorted({len(of) for of in found.values()})
             whole = found.keys() == set(sets) and len(seeds) == 1
             cells = [" / ".join(f"{each:.1f}" for each in both(found[name])) if name in found else "-" for name in sets]
-            mean = f"{np.mean([both(found[name]) for name in deciding]):.1f}" if whole else "-"
-            decides = {name: found[name] for name in deciding if name in found}
+            decides = {name: found[name] for name in deciding} if whole else {}
+            mean = f"{np.mean([both(of) for of in decides.values()]):.1f}" if whole else "-"
             less = [against(decides, reference) if whole else "-"] if aside else []
             out.append([label, " to ".join(map(str, seeds)), *cells, mean, *less])
     return markdown(out, words=1)
@@ -54,22 +54,22 @@ def searched() -> dict[str, Row]:
     """The rows of the search by run folder. Raises SystemExit for one of other images than those to choose on."""
     rows = read(ROWS / SEARCH)
     for row in rows:
-        if row.data["part"] != "val" or (row.train or {"part": "fit"})["part"] != "fit":
+        if row.data["part"] != "val" or (row.train and row.train["part"] != "fit"):
             raise SystemExit(f"{row.run}: the search has no business with its {row.data['part']} images")
-    return {place(row, design_space.scored(row)): row for row in rows}
+    return {place(row): row for row in rows}
 
 
-def place(row: Row, tested: str) -> str:
+def place(row: Row) -> str:
     """The run's key, whatever folder the study was in, or the word for no tuning, and what it was tested on."""
-    return "/".join([*(Path(row.run).parts[-3:] if row.train else [ZERO_SHOT]), tested])
+    return "/".join([*(Path(row.run).parts[-3:] if row.train else [ZERO_SHOT]), design_space.scored(row)])
 
 
 def tried(rows: Mapping[str, Row], stage: str, label: str) -> Tried:
     options = design_space.STAGES[stage]()[label]
     found: Tried = {}
     for name in design_space.sets_of(stage):
-        runs = [design_space.run(stage, label, options, name, seed).key for seed in SEEDS]
-        runs = [ZERO_SHOT] if label == ZERO_SHOT else runs
+        keys = [design_space.run(stage, label, options, name, seed).key for seed in SEEDS]
+        runs = [ZERO_SHOT] if label == ZERO_SHOT else keys
         found[name] = [rows[key] for run in runs if (key := f"{run}/{name}") in rows]
     return {name: of for name, of in found.items() if of}
 
@@ -100,8 +100,7 @@ def against(found: Tried, reference: Tried) -> str:
     gaps: list[list[np.ndarray]] = []
     for name, rows in found.items():
         beside = {seed(row): row for row in reference.get(name, [])}
-        pairs = [(row, beside.get(seed(row), beside.get(None))) for row in rows]
-        pairs = [(row, other) for row, other in pairs if other]
+        pairs = [(row, other) for row in rows if (other := beside.get(seed(row)) or beside.get(None))]
         if not pairs:
             return "-"
         gaps.append([np.stack([flags(row) - flags(other) for row, other in pairs])])
@@ -129,8 +128,8 @@ def claim(name: str, *files: str) -> str:
 
 def take(folder: Path) -> None:
     new = read(*sorted(folder.rglob("results.jsonl")))
-    made = {place(row, design_space.scored(row)) for row in new}
-    kept = [row for row in read(ROWS / SEARCH) if place(row, design_space.scored(row)) not in made]
+    made = {place(row) for row in new}
+    kept = [row for row in read(ROWS / SEARCH) if place(row) not in made]
     write_atomic(ROWS / SEARCH, "".join(f"{row.to_json()}\n" for row in [*kept, *new]))
 
 

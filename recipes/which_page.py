@@ -39,11 +39,6 @@ def rows_at(eps: float) -> list[Row]:
     return found
 
 
-def of_method(name: str) -> dict[str, Any]:
-    """A method's options as they are when nothing is said."""
-    return as_options(METHODS[name]()) if name in METHODS else {}
-
-
 def percent(line: dict[str, Any], kind: str) -> str:
     spread = line[f"{kind}_sd"]
     return f"{100 * line[f'{kind}_accuracy']:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
@@ -51,10 +46,12 @@ def percent(line: dict[str, Any], kind: str) -> str:
 
 def lines() -> str:
     """Markdown: a line a method, the most robust first; bold where no other is at least as good in both."""
-    near, far = ({line["method"]: line for line in table(rows_at(eps))} for eps in (NEAR, FAR))
+    rows, far_rows = rows_at(NEAR), rows_at(FAR)
+    near, far = ({line["method"]: line for line in table(of)} for of in (rows, far_rows))
     counts = json.loads(COUNTS.read_text())["B/32"]
     points = [(line["clean_accuracy"], line["robust_accuracy"]) for line in near.values()]
-    usual = {row.method for row in rows_at(NEAR) if row.options == of_method(row.method)}  # what the counts are of
+    tuned = [row for row in rows if row.method in METHODS]
+    usual = {row.method for row in tuned if row.options == as_options(METHODS[row.method]())}  # what counts are of
     front = {name for i, name in enumerate(near) if i in pareto(points)}
     out = [
         "| method | trains | labels | clean | 1/255 | 4/255 | GFLOP |",
