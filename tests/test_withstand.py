@@ -362,7 +362,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_killed_process_goes_on(clip_folder, image_folder, tmp_path, capsys, short_square):
-    """SIGKILL when the first of three images is done (the child waits for it there: a fast machine would be through);
+    """SIGKILL when the first image is done (the child waits for it there: a fast machine would be through);
     the same command again gives the row of one run."""
     out = tmp_path / "out"
     arguments = [
