@@ -27,7 +27,7 @@ PAGE, PICTURE = ROOT / "docs" / "which-method.md", ROOT / "docs" / "assets" / "w
 ROWS, COUNTS = ROOT / "docs" / "results" / "offline-few-shot.jsonl", ROOT / "benchmarks" / "results" / "scale.json"
 DATA, SHOTS = "cifar10", 16
 NEAR, FAR = 1 / 255, 4 / 255
-NO_LABELS = ("fare",)
+NO_LABELS = ("fare", "agft")
 
 
 def rows_at(eps: float) -> list[Row]:
